@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+// A tile of rows in shared memory.
+#pragma once
+
+#include <cstdint>
+
+namespace sparse_attn {
+
+// kRows rows of kColumns 16-bit elements. The 16-byte vectors of a row are permuted by the row, so
+// that eight lanes that read one vector column of eight rows (ldmatrix) meet all 32 banks.
+template <class T, int kRows_, int kColumns_>
+struct alignas(128) SharedTile {
+  static constexpr int kRows = kRows_;
+  static constexpr int kColumns = kColumns_;
+  static constexpr int kVectors = kColumns / 8;  // of 16 bytes in a row
+  static_assert(sizeof(T) == 2 && kVectors % 8 == 0, "a row must be whole 128-byte bank lines");
+
+  T elements[kRows * kColumns];
+
+  // The 16 bytes that hold columns 8 * vector to 8 * vector + 7 of a row.
+  __device__ __forceinline__ T* at(int row, int vector) {
+    return elements + row * kColumns + (vector ^ (row & 7)) * 8;
+  }
+};
+
+}  // namespace sparse_attn

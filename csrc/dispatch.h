@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: Apache-2.0
+// From a call to the kernel instance that runs it.
+#pragma once
+
+#include <utility>
+#include <vector>
+
+#include "params.h"
+
+namespace sparse_attn {
+
+// Launches one branch on params.stream. Returns without waiting for it.
+void forward(const ForwardParams& params);
+
+// Head-dim pairs (head_dim, head_dim_v) that kernels are built for. Others run in the smallest pair
+// that holds both.
+std::vector<std::pair<int, int>> head_dims();
+
+// CUDA version that the driver supports (13000 for 13.0); 0 without a driver.
+int driver_version();
+
+}  // namespace sparse_attn

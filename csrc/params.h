@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the host hands to a kernel: plain structs, strides in elements.
+#pragma once
+
+#include <cstdint>
+
+#include "attention/plan.h"
+
+namespace sparse_attn {
+
+enum class Element : int { float16, bfloat16 };
+
+// (batch, heads, seq, dim) in any memory order; the last dimension is contiguous, every row starts
+// on 16 bytes.
+struct TensorView {
+  void* data;
+  int64_t batch_stride;
+  int64_t head_stride;
+  int64_t row_stride;
+};
+
+struct ForwardParams {
+  TensorView q;    // (batch, heads, seq_q, head_dim)
+  TensorView k;    // (batch, kv_heads, seq_k, head_dim)
+  TensorView v;    // (batch, kv_heads, seq_k, head_dim_v)
+  TensorView out;  // (batch, heads, seq_q, head_dim_v)
+  float* lse;      // (batch, heads, seq_q), contiguous, natural logarithm
+
+  int batch;
+  int heads;       // of the tensors
+  int first_head;  // of this launch
+  int head_count;  // of this launch
+  int kv_heads;    // divides heads
+  int seq_q;
+  int seq_k;           // equals seq_q
+  int first_position;  // of the first query; 0
+  int head_dim;        // multiples of 8
+  int head_dim_v;
+  const int* cu_seqlens;  // (batch + 1); null: every sequence has seq_q tokens
+
+  float scale;
+  Element element;
+  Branch branch;
+  // Merge with what out and lse already hold: the branches of the plan before this one.
+  bool merge;
+
+  int device;
+  void* stream;  // cudaStream_t
+};
+
+}  // namespace sparse_attn

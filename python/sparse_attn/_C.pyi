@@ -1,0 +1,58 @@
+# The native module (csrc/bindings.cpp). ``cover`` counts, for branches of one plan, how often each
+# (query, key) pair is attended, uint8 (length, length), with the index arithmetic and in the tiles of the
+# kernels; ``backends.cuda.native_plan(pattern, length)`` makes the branches.
+
+max_chunks: int
+
+class SequenceView:
+    def __init__(
+        self,
+        *,
+        length: int,
+        groups: int,
+        max_rows: int,
+        offset: int,
+        group_step: int,
+        run: int,
+        run_stride: int,
+    ) -> None: ...
+
+class Run:
+    def __init__(self, *, length: int, window: int, chunks: list[int], causal: bool) -> None: ...
+
+class Branch:
+    def __init__(
+        self,
+        queries: SequenceView,
+        run: Run,
+        segments: list[tuple[SequenceView, int]],  # 0 before, 1 inside, 2 after the run
+    ) -> None: ...
+
+def cover(branches: list[Branch], length: int, tile_queries: int, tile_keys: int) -> bytes: ...
+def build_info() -> dict[str, str]: ...
+
+# Only in a build with CUDA kernels.
+def head_dims() -> list[tuple[int, int]]: ...
+def driver_version() -> int: ...
+def forward(
+    *,
+    q: tuple[int, int, int, int],  # address; batch, head and row stride in elements
+    k: tuple[int, int, int, int],
+    v: tuple[int, int, int, int],
+    out: tuple[int, int, int, int],
+    lse: int,
+    batch: int,
+    heads: int,
+    first_head: int,
+    head_count: int,
+    kv_heads: int,
+    seq: int,
+    head_dim: int,
+    head_dim_v: int,
+    scale: float,
+    bfloat16: bool,
+    branch: Branch,
+    merge: bool,
+    device: int,
+    stream: int,
+) -> None: ...

@@ -1,0 +1,179 @@
+"""The operators ``torch.ops.sparse_attn.forward`` and ``.backward``, differentiable and traceable.
+
+A pattern travels as its ``spec``, without the sequence length, so that ``torch.compile`` with a changing
+length compiles once more and not once for each length. Inputs are checked here, once for every path.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from .backends import cuda, reference
+from .backends import torch as torch_backend
+from .dispatch import choose_backend, warn_once
+from .patterns import Pattern, PerHead, parse_pattern
+
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_FORWARD = {
+    "cuda": cuda.forward,
+    "torch": torch_backend.forward,
+    "reference": reference.forward,
+}
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+
+torch.library.define(
+    "sparse_attn::forward",
+    "(Tensor q, Tensor k, Tensor v, str pattern, float? scale, str? backend) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+torch.library.define(
+    "sparse_attn::backward",
+    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "str pattern, float? scale, str? backend) -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> None:
+    """Raises on inputs that no backend takes, before any work."""
+    shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise ValueError(
+            f"q, k and v must have 4 dimensions (batch, heads, seq, head_dim), {shapes}"
+        )
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        raise TypeError(
+            "q, k and v must share one dtype of float16, bfloat16, float32 and float64, "
+            f"got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    if not q.device == k.device == v.device:
+        raise RuntimeError(
+            f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}"
+        )
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        raise ValueError(f"q, k and v must have one batch size, {shapes}")
+    if not q.shape[2] == k.shape[2] == v.shape[2]:
+        raise ValueError(f"q, k and v must have one sequence length, {shapes}")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"q and k must have one head_dim, {shapes}")
+    if k.shape[1] != v.shape[1]:
+        raise ValueError(f"k and v must have one number of heads, {shapes}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
+        raise ValueError(f"the heads of q must be a multiple of the heads of k and v, {shapes}")
+    if not (1 <= q.shape[3] <= MAX_HEAD_DIM and 1 <= v.shape[3] <= MAX_HEAD_DIM):
+        raise ValueError(f"head_dim must be from 1 to {MAX_HEAD_DIM}, {shapes}")
+    if isinstance(pattern, PerHead) and len(pattern.patterns) != q.shape[1]:
+        raise ValueError(
+            f"PerHead has {len(pattern.patterns)} patterns, q has {q.shape[1]} heads; "
+            "it takes one pattern for each head"
+        )
+
+
+def _empty_outputs(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """out ``(batch, heads, seq, head_dim_v)`` in q's memory order, and lse ``(batch, heads, seq)``."""
+    batch, heads, seq, _ = q.shape
+    if q.stride(1) < q.stride(2):  # (batch, seq, heads, head_dim) in memory
+        out = q.new_empty((batch, seq, heads, v.shape[3])).transpose(1, 2)
+    else:
+        out = q.new_empty((batch, heads, seq, v.shape[3]))
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return out, q.new_empty((batch, heads, seq), dtype=lse_dtype)
+
+
+def _scale(scale: float | None, q: torch.Tensor) -> float:
+    return 1 / math.sqrt(q.shape[3]) if scale is None else scale
+
+
+@torch.library.impl("sparse_attn::forward", "CompositeExplicitAutograd")
+def _forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: str,
+    scale: float | None,
+    backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    parsed = parse_pattern(pattern)
+    check(q, k, v, parsed)
+    name, fallback = choose_backend(q, k, v, parsed, backend)
+    if fallback is not None:
+        warn_once(fallback)
+    out, lse = _empty_outputs(q, v)
+    if lse.numel():
+        _FORWARD[name](q, k, v, parsed, _scale(scale, q), out, lse)
+    return out, lse
+
+
+@torch.library.register_fake("sparse_attn::forward")
+def _forward_fake(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: str,
+    scale: float | None,
+    backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    check(q, k, v, parse_pattern(pattern))
+    return _empty_outputs(q, v)
+
+
+@torch.library.impl("sparse_attn::backward", "CompositeExplicitAutograd")
+def _backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    pattern: str,
+    scale: float | None,
+    backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if not lse.numel():
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    # The backward pass of a cuda call runs on the torch backend.
+    run = reference.backward if backend == "reference" else torch_backend.backward
+    parsed = parse_pattern(pattern)
+    return run(dout, dlse, q, k, v, out, lse, parsed, _scale(scale, q))
+
+
+@torch.library.register_fake("sparse_attn::backward")
+def _backward_fake(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *_: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    q, k, v, ctx.pattern, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> Any:
+    q, k, v, out, lse = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    grads = torch.ops.sparse_attn.backward(
+        dout, dlse, q, k, v, out, lse, ctx.pattern, ctx.scale, ctx.backend
+    )
+    return *grads, None, None, None
+
+
+def _differentiate_twice(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError("sparse_attn.attention cannot be differentiated twice")
+
+
+torch.library.register_autograd(
+    "sparse_attn::forward", _differentiate, setup_context=_save_for_backward
+)
+torch.library.register_autograd("sparse_attn::backward", _differentiate_twice)

@@ -1,0 +1,180 @@
+"""The cuda backend: the native kernels. The only module that imports the extension ``_C``."""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..patterns import Pattern, PerHead
+from ..plan import Branch, SequenceView, plan
+
+if TYPE_CHECKING:
+    from .. import _C
+
+_PARTS = {"before": 0, "inside": 1, "after": 2}
+_LEAST_CAPABILITY = (8, 0)
+_LEAST_DRIVER = 13000  # CUDA 13.0
+# Key rows and tile ends are 32-bit integers.
+_MOST_TOKENS = 1 << 30
+
+
+def native() -> Any:
+    """The extension module; ImportError if the package was not built."""
+    from .. import _C
+
+    return _C
+
+
+@cache
+def driver_version() -> int:
+    """CUDA version that the driver supports, 13000 for 13.0; 0 without a driver."""
+    return int(native().driver_version())
+
+
+def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> str | None:
+    """Why the kernels cannot run these inputs, in words; None if they can."""
+    if not q.is_cuda:
+        return f"the inputs are on {q.device}, the kernels need a CUDA device"
+    try:
+        extension = native()
+    except ImportError as error:
+        return f"the native module is missing ({error})"
+    if not extension.build_info()["architectures"]:
+        return "this build has no CUDA kernels"
+    driver = driver_version()
+    if driver < _LEAST_DRIVER:
+        return (
+            f"the driver supports CUDA {driver // 1000}.{driver % 1000 // 10}, "
+            "the kernels need 13.0 (driver 580 or newer)"
+        )
+    capability = _capability(q.device)
+    if capability < _LEAST_CAPABILITY:
+        return "the GPU has compute capability {}.{}, the kernels need 8.0".format(*capability)
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"the dtype is {q.dtype}, the kernels take float16 and bfloat16"
+    head_dim, head_dim_v = q.shape[3], v.shape[3]
+    if head_dim % 8 or head_dim_v % 8 or not _fits(head_dim, head_dim_v):
+        return (
+            f"head_dim is {head_dim} and head_dim_v {head_dim_v}, "
+            f"the kernels take multiples of 8 within one of {_head_dims()}"
+        )
+    if q.shape[2] > _MOST_TOKENS:
+        return f"the sequence has {q.shape[2]} tokens, the kernels take {_MOST_TOKENS}"
+    patterns = pattern.patterns if isinstance(pattern, PerHead) else (pattern,)
+    for part in patterns:
+        for branch in plan(part, q.shape[2]) if q.shape[2] else ():
+            if len(branch.run.chunks) > extension.max_chunks:
+                return (
+                    f"a union of {len(branch.run.chunks)} chunk lengths, "
+                    f"the kernels take {extension.max_chunks}"
+                )
+    return None
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@cache
+def _head_dims() -> tuple[tuple[int, int], ...]:
+    return tuple(native().head_dims())
+
+
+def _fits(head_dim: int, head_dim_v: int) -> bool:
+    return any(head_dim <= qk and head_dim_v <= value for qk, value in _head_dims())
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: Pattern,
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    q, k, v = _aligned(q), _aligned(k), _aligned(v)
+    batch, heads, seq, head_dim = q.shape
+    stream = torch.cuda.current_stream(q.device).cuda_stream
+    for first_head, head_count, head_pattern in _head_ranges(pattern, heads):
+        for number, branch in enumerate(native_plan(head_pattern, seq)):
+            native().forward(
+                q=_argument(q),
+                k=_argument(k),
+                v=_argument(v),
+                out=_argument(out),
+                lse=lse.data_ptr(),
+                batch=batch,
+                heads=heads,
+                first_head=first_head,
+                head_count=head_count,
+                kv_heads=k.shape[1],
+                seq=seq,
+                head_dim=head_dim,
+                head_dim_v=v.shape[3],
+                scale=scale,
+                bfloat16=q.dtype == torch.bfloat16,
+                branch=branch,
+                merge=number > 0,
+                device=q.device.index,
+                stream=stream,
+            )
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy whose rows are contiguous and start on 16 bytes (8 elements)."""
+    steps = [stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
+    contiguous_rows = x.stride(3) == 1 or x.shape[3] == 1
+    if contiguous_rows and x.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in steps):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _argument(x: torch.Tensor) -> tuple[int, int, int, int]:
+    return (x.data_ptr(), *x.stride()[:3])
+
+
+def _head_ranges(pattern: Pattern, heads: int) -> list[tuple[int, int, Pattern]]:
+    """(first head, number of heads, pattern): neighbouring heads of one pattern share a launch."""
+    if not isinstance(pattern, PerHead):
+        return [(0, heads, pattern)]
+    ranges: list[tuple[int, int, Pattern]] = []
+    for head, head_pattern in enumerate(pattern.patterns):
+        if ranges and ranges[-1][2] == head_pattern:
+            first, count, _ = ranges.pop()
+            ranges.append((first, count + 1, head_pattern))
+        else:
+            ranges.append((head, 1, head_pattern))
+    return ranges
+
+
+@lru_cache(maxsize=1024)
+def native_plan(pattern: Pattern, length: int) -> tuple[_C.Branch, ...]:
+    """The plan in the kernels' structs."""
+    return tuple(_native_branch(branch) for branch in plan(pattern, length))
+
+
+def _native_branch(branch: Branch) -> _C.Branch:
+    run = native().Run(
+        length=branch.run.length,
+        window=branch.run.window,
+        chunks=list(branch.run.chunks),
+        causal=branch.run.causal,
+    )
+    segments = [(_native_view(s.keys), _PARTS[s.part]) for s in branch.segments]
+    return native().Branch(_native_view(branch.queries), run, segments)
+
+
+def _native_view(view: SequenceView) -> _C.SequenceView:
+    return native().SequenceView(
+        length=view.length,
+        groups=view.groups,
+        max_rows=view.max_rows,
+        offset=view.offset,
+        group_step=view.group_step,
+        run=view.run,
+        run_stride=view.run_stride,
+    )

@@ -1,0 +1,59 @@
+"""Attention as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .functional import attention
+from .patterns import Pattern
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over a sparse pattern, a drop-in for dense self-attention.
+
+    Args:
+        width: features of the input and the output.
+        heads: query heads; divides ``width`` and ``qk_width``.
+        pattern: any pattern; a `PerHead` has ``heads`` of them.
+        qk_width: features of queries, and of keys if there are as many key heads; ``width`` if None.
+            The paper's image models use ``width // 2``.
+        kv_heads: key and value heads; divides ``heads``, equals it if None.
+        bias: whether the projections have biases.
+
+    Input and output are ``(batch, seq, width)``.
+
+    >>> SelfAttention(64, 4, Strided(16))(torch.randn(2, 100, 64)).shape
+    torch.Size([2, 100, 64])
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        pattern: Pattern,
+        qk_width: int | None = None,
+        kv_heads: int | None = None,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        qk_width, kv_heads = qk_width or width, kv_heads or heads
+        if width % heads or qk_width % heads:
+            raise ValueError(
+                f"heads must divide width and qk_width, got {heads}, {width}, {qk_width}"
+            )
+        if heads % kv_heads:
+            raise ValueError(f"kv_heads must divide heads, got {kv_heads}, {heads}")
+        self.heads, self.kv_heads, self.pattern = heads, kv_heads, pattern
+        head_dim, head_dim_v = qk_width // heads, width // heads
+        self.widths = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim_v]
+        self.qkv = nn.Linear(width, sum(self.widths), bias=bias)
+        self.out = nn.Linear(width, width, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = (self.heads, self.kv_heads, self.kv_heads)
+        q, k, v = (
+            part.unflatten(2, (count, -1)).transpose(1, 2)  # (batch, heads, seq, head_dim), no copy
+            for part, count in zip(self.qkv(x).split(self.widths, dim=2), heads, strict=True)
+        )
+        return self.out(attention(q, k, v, self.pattern).transpose(1, 2).flatten(2))

@@ -1,0 +1,191 @@
+"""`sparse-attn demo`: train a small Sparse Transformer on real text and compare it honestly."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .. import plot
+from ..functional import which_backend
+from ..model.composition import layer_pattern
+from .baselines import count_model_bits, xz_bits
+from .checkpoint import import_safetensors
+from .corpus import Corpus, load_corpus, standard_library
+from .loop import PRECISIONS, Trainer, make_console, pick_device, preset, train
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import Console
+
+MODEL = "Sparse Transformer"
+MUST_BEAT = "order 1"
+PROMPT = b"def "
+SAMPLE_LENGTH = 400
+GPU_STEPS, GPU_BATCH = 2000, 16
+
+
+def demo(
+    out: Path,
+    data: Path | None = None,
+    steps: int | None = None,
+    seconds: float = 180.0,
+    seed: int = 0,
+) -> int:
+    """Train, compare, sample, draw; the exit code: 0 if the model beats the order-1 counts, else 1.
+
+    `data` is a file or folder of text, by default the standard library's sources. Training ends
+    after `steps` steps or after `seconds`, whichever is first. Writes checkpoint.safetensors,
+    loss.png, connectivity.png and attention.png to `out`.
+    """
+    begin = time.perf_counter()
+    console = make_console()
+    import_safetensors()
+    plot.import_figure()
+    out.mkdir(parents=True, exist_ok=True)
+
+    corpus = load_corpus(data) if data else standard_library()
+    device, precision = pick_device()
+    config, training = preset("demo")
+    if device.type == "cuda":
+        training = replace(training, steps=GPU_STEPS, batch=GPU_BATCH)
+    training = replace(training, precision=precision, seed=seed, steps=steps or training.steps)
+    trainer = Trainer(config, training, corpus, device)
+    describe(trainer, console)
+
+    with console.status("counting bytes and running xz"):
+        baselines = score_baselines(corpus)
+    train(
+        trainer,
+        console,
+        seconds=seconds,
+        validate_every=max(1, training.steps // 5),
+        validation_bytes=64 * trainer.model.config.context // 2,
+        path=out / "checkpoint.safetensors",
+    )
+    min_context = trainer.model.config.context // 4
+    with console.status("scoring the validation text"):
+        bits = trainer.validate(corpus.validation, min_context)
+    report(bits, baselines, len(corpus.validation), min_context, console)
+    print_sample(trainer, console)
+    for name, figure in pictures(trainer, baselines).items():
+        figure.savefig(out / name)
+        console.print(f"wrote {out / name}", soft_wrap=True)
+    console.print(f"{time.perf_counter() - begin:.0f} seconds in all")
+    if bits >= baselines[MUST_BEAT]:
+        console.print(
+            f"FAILED: {bits:.3f} bits per byte do not beat {MUST_BEAT} "
+            f"({baselines[MUST_BEAT]:.3f}): {trainer.step_number} steps were too few"
+        )
+        return 1
+    return 0
+
+
+def describe(trainer: Trainer, console: Console) -> None:
+    """Print the text, the model and what it runs on."""
+    corpus, config, training = trainer.corpus, trainer.model.config, trainer.training
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    console.print(
+        f"text    {corpus.name}: {len(corpus.train):,} bytes ({corpus.train_files} files) to train "
+        f"on, {len(corpus.validation):,} bytes ({corpus.validation_files} files) to validate on\n"
+        f"model   {config.layers} layers, {config.heads} heads, width {config.width}, context "
+        f"{config.context:,} bytes, {parameters / 1e6:.2f}M parameters\n"
+        f"pattern {pattern_spec(trainer)}\n"
+        f"device  {device_name(trainer.device)}, {training.precision}, attention backend "
+        f"{backend_name(trainer)}",
+        soft_wrap=True,
+    )
+
+
+def score_baselines(corpus: Corpus) -> dict[str, float]:
+    """Bits per byte of the validation text by name: order 0 to order 3, and xz."""
+    counts = count_model_bits(corpus.train, corpus.validation)
+    scores = {f"order {order}": bits for order, bits in enumerate(counts)}
+    return {**scores, "xz": xz_bits(corpus.train, corpus.validation)}
+
+
+def report(
+    bits: float, baselines: Mapping[str, float], count: int, min_context: int, console: Console
+) -> None:
+    """Print the table and say in words who wins."""
+    from rich.table import Table
+
+    table = Table(title=f"bits per byte of the {count:,} bytes of validation text")
+    table.add_column("model")
+    table.add_column("bits per byte", justify="right")
+    table.add_column("how")
+    how = {f"order {k}": f"counts of {k + 1} bytes, backing off to fewer" for k in range(4)}
+    how["xz"] = "bytes that xz adds for this text after the training text"
+    how[MODEL] = f"every byte once, given the {min_context} or more before it"
+    for name, value in {**baselines, MODEL: bits}.items():
+        table.add_row(name, f"{value:.3f}", how[name])
+    console.print(table)
+    console.print(verdict(bits, baselines))
+
+
+def verdict(bits: float, baselines: Mapping[str, float]) -> str:
+    """Who wins, in words."""
+    beaten = [name for name, value in baselines.items() if bits < value]
+    ahead = [name for name, value in baselines.items() if bits >= value]
+    first = (
+        f"The {MODEL} beats {_listed(beaten)}." if beaten else f"The {MODEL} beats none of them."
+    )
+    if not ahead:
+        return f"{first} None of them still wins."
+    return f"{first} Still better: {_listed(ahead)}."
+
+
+def print_sample(trainer: Trainer, console: Console) -> None:
+    """Print text that the model writes after a short prompt."""
+    prompt = torch.tensor([list(PROMPT)], device=trainer.device)
+    generator = torch.Generator(trainer.device).manual_seed(trainer.training.seed)
+    length = min(SAMPLE_LENGTH, trainer.model.config.context - len(PROMPT))
+    with console.status("sampling"):
+        tokens = trainer.model.generate(prompt, length, temperature=0.8, generator=generator)
+    text = bytes(tokens[0].tolist()).decode("utf-8", "replace")
+    console.rule(f"a sample, after {PROMPT.decode()!r}")
+    console.out(text, highlight=False)
+    console.rule()
+
+
+def pictures(trainer: Trainer, baselines: Mapping[str, float]) -> dict[str, Figure]:
+    """The demo's figures by file name."""
+    config = trainer.model.config
+    text = trainer.corpus.validation[: config.context]
+    layer = config.layers - 1
+    position = len(text) * 7 // 8
+    return {
+        "loss.png": plot.plot_loss(trainer.losses, trainer.validations, baselines),
+        "connectivity.png": plot.plot_connectivity(),
+        "attention.png": plot.plot_learned_attention(trainer.model, text, position, layer),
+    }
+
+
+def pattern_spec(trainer: Trainer) -> str:
+    """The pattern of the model's layers."""
+    config = trainer.model.config
+    return ", ".join(dict.fromkeys(layer_pattern(config, i).spec for i in range(config.layers)))
+
+
+def backend_name(trainer: Trainer) -> str:
+    """The backend that the model's attention runs on."""
+    config = trainer.model.config
+    shape = (1, config.heads, config.context, config.qk_width // config.heads)
+    dtype = PRECISIONS[trainer.training.precision] or torch.float32
+    q = torch.zeros(shape, dtype=dtype, device=trainer.device)
+    v = q.new_zeros((*shape[:3], config.width // config.heads))
+    return which_backend(q, q, v, layer_pattern(config, 0))
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({torch.get_num_threads()} threads)"
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
