@@ -26,9 +26,9 @@ SequenceView sequence_view(int length, int groups, int max_rows, int offset, int
   return {length, groups, max_rows, offset, group_step, run, run_stride};
 }
 
-Run make_run(int length, int window, const std::vector<int>& chunks, bool causal) {
+Run make_run(int length, int window, const std::vector<int>& chunks, bool past, bool future) {
   if (chunks.size() > kMaxChunks) throw py::value_error("too many chunk lengths");
-  Run run{length, window, {}, static_cast<int>(chunks.size()), causal};
+  Run run{length, window, {}, static_cast<int>(chunks.size()), past, future};
   for (size_t i = 0; i < chunks.size(); ++i) run.chunks[i] = chunks[i];
   return run;
 }
@@ -64,6 +64,13 @@ TensorView tensor_view(const TensorArgument& tensor) {
   return {reinterpret_cast<void*>(tensor[0]), tensor[1], tensor[2], tensor[3]};
 }
 
+template <class Pointer>
+Pointer pointer(int64_t address) {
+  return reinterpret_cast<Pointer>(address);
+}
+
+Element element(bool bfloat16) { return bfloat16 ? Element::bfloat16 : Element::float16; }
+
 void launch_forward(const TensorArgument& q, const TensorArgument& k, const TensorArgument& v,
                     const TensorArgument& out, int64_t lse, int batch, int heads, int first_head,
                     int head_count, int kv_heads, int seq, int head_dim, int head_dim_v,
@@ -74,7 +81,7 @@ void launch_forward(const TensorArgument& q, const TensorArgument& k, const Tens
   params.k = tensor_view(k);
   params.v = tensor_view(v);
   params.out = tensor_view(out);
-  params.lse = reinterpret_cast<float*>(lse);
+  params.lse = pointer<float*>(lse);
   params.batch = batch;
   params.heads = heads;
   params.first_head = first_head;
@@ -84,12 +91,64 @@ void launch_forward(const TensorArgument& q, const TensorArgument& k, const Tens
   params.head_dim = head_dim;
   params.head_dim_v = head_dim_v;
   params.scale = scale;
-  params.element = bfloat16 ? Element::bfloat16 : Element::float16;
+  params.element = element(bfloat16);
   params.branch = branch;
   params.merge = merge;
   params.device = device;
-  params.stream = reinterpret_cast<void*>(stream);
+  params.stream = pointer<void*>(stream);
   forward(params);
+}
+
+void launch_row_stats(const TensorArgument& out, const TensorArgument& dout, int64_t lse,
+                      int64_t dlse, int64_t stats, int batch, int heads, int seq, int head_dim_v,
+                      bool bfloat16, int device, int64_t stream) {
+  RowStatsParams params{};
+  params.out = tensor_view(out);
+  params.dout = tensor_view(dout);
+  params.lse = pointer<const float*>(lse);
+  params.dlse = pointer<const float*>(dlse);
+  params.stats = pointer<RowStats*>(stats);
+  params.batch = batch;
+  params.heads = heads;
+  params.seq = seq;
+  params.head_dim_v = head_dim_v;
+  params.element = element(bfloat16);
+  params.device = device;
+  params.stream = pointer<void*>(stream);
+  row_stats(params);
+}
+
+void launch_backward(const TensorArgument& q, const TensorArgument& k, const TensorArgument& v,
+                     const TensorArgument& dout, const TensorArgument& dq, const TensorArgument& dk,
+                     const TensorArgument& dv, int64_t stats, int batch, int heads, int first_head,
+                     int head_count, int kv_heads, int seq, int head_dim, int head_dim_v,
+                     float scale, bool bfloat16, bool keys_own, const Branch& branch,
+                     bool accumulate, int device, int64_t stream) {
+  BackwardParams params{};
+  params.q = tensor_view(q);
+  params.k = tensor_view(k);
+  params.v = tensor_view(v);
+  params.dout = tensor_view(dout);
+  params.dq = tensor_view(dq);
+  params.dk = tensor_view(dk);
+  params.dv = tensor_view(dv);
+  params.stats = pointer<const RowStats*>(stats);
+  params.batch = batch;
+  params.heads = heads;
+  params.first_head = first_head;
+  params.head_count = head_count;
+  params.kv_heads = kv_heads;
+  params.seq_q = params.seq_k = seq;
+  params.head_dim = head_dim;
+  params.head_dim_v = head_dim_v;
+  params.scale = scale;
+  params.element = element(bfloat16);
+  params.owner = keys_own ? Owner::keys : Owner::queries;
+  params.branch = branch;
+  params.accumulate = accumulate;
+  params.device = device;
+  params.stream = pointer<void*>(stream);
+  backward(params);
 }
 #endif
 
@@ -102,7 +161,7 @@ PYBIND11_MODULE(_C, module) {
            py::arg("run_stride"));
   py::class_<Run>(module, "Run")
       .def(py::init(&make_run), py::kw_only(), py::arg("length"), py::arg("window"),
-           py::arg("chunks"), py::arg("causal"));
+           py::arg("chunks"), py::arg("past"), py::arg("future"));
   py::class_<Branch>(module, "Branch")
       .def(py::init(&make_branch), py::arg("queries"), py::arg("run"), py::arg("segments"));
   module.def("cover", &cover_bytes, py::arg("branches"), py::arg("length"), py::arg("tile_queries"),
@@ -117,5 +176,15 @@ PYBIND11_MODULE(_C, module) {
              py::arg("first_head"), py::arg("head_count"), py::arg("kv_heads"), py::arg("seq"),
              py::arg("head_dim"), py::arg("head_dim_v"), py::arg("scale"), py::arg("bfloat16"),
              py::arg("branch"), py::arg("merge"), py::arg("device"), py::arg("stream"));
+  module.def("row_stats", &launch_row_stats, py::kw_only(), py::arg("out"), py::arg("dout"),
+             py::arg("lse"), py::arg("dlse"), py::arg("stats"), py::arg("batch"), py::arg("heads"),
+             py::arg("seq"), py::arg("head_dim_v"), py::arg("bfloat16"), py::arg("device"),
+             py::arg("stream"));
+  module.def("backward", &launch_backward, py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"),
+             py::arg("dout"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("stats"),
+             py::arg("batch"), py::arg("heads"), py::arg("first_head"), py::arg("head_count"),
+             py::arg("kv_heads"), py::arg("seq"), py::arg("head_dim"), py::arg("head_dim_v"),
+             py::arg("scale"), py::arg("bfloat16"), py::arg("keys_own"), py::arg("branch"),
+             py::arg("accumulate"), py::arg("device"), py::arg("stream"));
 #endif
 }

@@ -9,8 +9,11 @@
 
 namespace sparse_attn {
 
-// Launches one branch on params.stream. Returns without waiting for it.
+// Each launches one kernel on params.stream and returns without waiting for it: one branch of the
+// output, the statistics of the queries, one branch of dq or of dk and dv.
 void forward(const ForwardParams& params);
+void row_stats(const RowStatsParams& params);
+void backward(const BackwardParams& params);
 
 // Head-dim pairs (head_dim, head_dim_v) that kernels are built for. Others run in the smallest pair
 // that holds both.

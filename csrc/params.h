@@ -48,4 +48,64 @@ struct ForwardParams {
   void* stream;  // cudaStream_t
 };
 
+// What a row of scores needs in the backward pass.
+struct RowStats {
+  float lse_log2;  // lse / log(2); +inf for a query with no key, whose weights exp2(score - lse)
+                   // are 0
+  float delta;     // rowsum(dout * out) - dlse; 0 for a query with no key
+};
+
+struct RowStatsParams {
+  TensorView out;     // (batch, heads, seq, head_dim_v)
+  TensorView dout;    // likewise
+  const float* lse;   // (batch, heads, seq)
+  const float* dlse;  // likewise; may be null
+  RowStats* stats;    // likewise
+
+  int batch;
+  int heads;
+  int seq;
+  int head_dim_v;
+
+  Element element;
+  int device;
+  void* stream;  // cudaStream_t
+};
+
+// The rows whose gradients a backward launch sums: queries (dq) or keys (dk and dv).
+enum class Owner : int { queries, keys };
+
+struct BackwardParams {
+  TensorView q;     // (batch, heads, seq_q, head_dim)
+  TensorView k;     // (batch, kv_heads, seq_k, head_dim)
+  TensorView v;     // (batch, kv_heads, seq_k, head_dim_v)
+  TensorView dout;  // (batch, heads, seq_q, head_dim_v)
+  TensorView dq;    // as q, k and v
+  TensorView dk;
+  TensorView dv;
+  const RowStats* stats;  // (batch, heads, seq_q)
+
+  int batch;
+  int heads;       // of the tensors
+  int first_head;  // of this launch, a query head
+  int head_count;  // of this launch, query heads; whole groups of a kv head for dk and dv
+  int kv_heads;    // divides heads
+  int seq_q;
+  int seq_k;           // equals seq_q
+  int first_position;  // of the first query; 0
+  int head_dim;        // multiples of 8
+  int head_dim_v;
+  const int* cu_seqlens;  // (batch + 1); null: every sequence has seq_q tokens
+
+  float scale;
+  Element element;
+  Owner owner;
+  Branch branch;  // transposed if keys own: its queries are the keys
+  // Add to what the gradients already hold: the branches before this one.
+  bool accumulate;
+
+  int device;
+  void* stream;  // cudaStream_t
+};
+
 }  // namespace sparse_attn

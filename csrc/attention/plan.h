@@ -48,22 +48,25 @@ struct SequenceView {
   HOST_DEVICE int rows(int group) const { return rows_before(group, length); }
 };
 
-// The tokens [start(i), end(i)) around query i: a window and the chunks of some lengths, united.
+// The tokens [start(i), end(i)) around token i: a window and the chunks of some lengths, united;
+// cut to the tokens up to i without `future`, from i without `past`.
 struct Run {
   int length;
   int window;
   int chunks[kMaxChunks];
   int chunk_count;
-  bool causal;
+  bool past;
+  bool future;
 
   HOST_DEVICE int start(int token) const {
+    if (!past) return token;
     int start = greatest(token - window + 1, 0);
     for (int i = 0; i < chunk_count; ++i) start = least(start, token - token % chunks[i]);
     return start;
   }
 
   HOST_DEVICE int end(int token) const {
-    if (causal) return token + 1;
+    if (!future) return token + 1;
     int end = token + window;
     for (int i = 0; i < chunk_count; ++i) {
       end = greatest(end, token - token % chunks[i] + chunks[i]);

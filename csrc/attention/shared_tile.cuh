@@ -13,13 +13,14 @@ struct alignas(128) SharedTile {
   static constexpr int kRows = kRows_;
   static constexpr int kColumns = kColumns_;
   static constexpr int kVectors = kColumns / 8;  // of 16 bytes in a row
-  static_assert(sizeof(T) == 2 && kVectors % 8 == 0, "a row must be whole 128-byte bank lines");
+  static_assert(sizeof(T) == 2 && kVectors % 4 == 0, "a row must be whole half bank lines");
 
   T elements[kRows * kColumns];
 
   // The 16 bytes that hold columns 8 * vector to 8 * vector + 7 of a row.
   __device__ __forceinline__ T* at(int row, int vector) {
-    return elements + row * kColumns + (vector ^ (row & 7)) * 8;
+    const int permutation = kVectors % 8 == 0 ? row % 8 : row / 2 % 4;
+    return elements + row * kColumns + (vector ^ permutation) * 8;
   }
 };
 

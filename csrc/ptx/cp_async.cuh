@@ -17,6 +17,13 @@ __device__ __forceinline__ void cp_async_16(void* smem, const void* gmem, bool e
                : "memory");
 }
 
+// Likewise 8 bytes, through L1.
+__device__ __forceinline__ void cp_async_8(void* smem, const void* gmem, bool exists) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(smem)),
+               "l"(gmem), "r"(exists ? 8 : 0)
+               : "memory");
+}
+
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }

@@ -18,7 +18,9 @@ class SequenceView:
     ) -> None: ...
 
 class Run:
-    def __init__(self, *, length: int, window: int, chunks: list[int], causal: bool) -> None: ...
+    def __init__(
+        self, *, length: int, window: int, chunks: list[int], past: bool, future: bool
+    ) -> None: ...
 
 class Branch:
     def __init__(
@@ -53,6 +55,47 @@ def forward(
     bfloat16: bool,
     branch: Branch,
     merge: bool,
+    device: int,
+    stream: int,
+) -> None: ...
+def row_stats(
+    *,
+    out: tuple[int, int, int, int],
+    dout: tuple[int, int, int, int],
+    lse: int,
+    dlse: int,  # 0 for none
+    stats: int,
+    batch: int,
+    heads: int,
+    seq: int,
+    head_dim_v: int,
+    bfloat16: bool,
+    device: int,
+    stream: int,
+) -> None: ...
+def backward(
+    *,
+    q: tuple[int, int, int, int],
+    k: tuple[int, int, int, int],
+    v: tuple[int, int, int, int],
+    dout: tuple[int, int, int, int],
+    dq: tuple[int, int, int, int],
+    dk: tuple[int, int, int, int],
+    dv: tuple[int, int, int, int],
+    stats: int,
+    batch: int,
+    heads: int,
+    first_head: int,
+    head_count: int,
+    kv_heads: int,
+    seq: int,
+    head_dim: int,
+    head_dim_v: int,
+    scale: float,
+    bfloat16: bool,
+    keys_own: bool,  # dk and dv of a transposed branch; else dq
+    branch: Branch,
+    accumulate: bool,
     device: int,
     stream: int,
 ) -> None: ...

@@ -1,7 +1,8 @@
 """The operators ``torch.ops.sparse_attn.forward`` and ``.backward``, differentiable and traceable.
 
-A pattern travels as its ``spec``, without the sequence length, so that ``torch.compile`` with a changing
-length compiles once more and not once for each length. Inputs are checked here, once for every path.
+A pattern travels as its ``spec``, without the sequence length, so that ``torch.compile`` with a
+changing length compiles once more and not once for each length. Inputs are checked here, once for
+every path.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ _FORWARD = {
     "torch": torch_backend.forward,
     "reference": reference.forward,
 }
+_BACKWARD = {
+    "cuda": cuda.backward,
+    "torch": torch_backend.backward,
+    "reference": reference.backward,
+}
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 torch.library.define(
@@ -37,6 +43,7 @@ torch.library.define(
     "str pattern, float? scale, str? backend) -> (Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
+
 
 def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> None:
     """Raises on inputs that no backend takes, before any work."""
@@ -73,15 +80,17 @@ def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -
         )
 
 
+def _empty(x: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """An output ``(batch, heads, seq, head_dim)`` with dense rows, in the memory order of ``x``."""
+    batch, heads, seq, _ = x.shape
+    if x.stride(1) < x.stride(2):  # (batch, seq, heads, head_dim) in memory
+        return x.new_empty((batch, seq, heads, head_dim)).transpose(1, 2)
+    return x.new_empty((batch, heads, seq, head_dim))
+
+
 def _empty_outputs(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """out ``(batch, heads, seq, head_dim_v)`` in q's memory order, and lse ``(batch, heads, seq)``."""
-    batch, heads, seq, _ = q.shape
-    if q.stride(1) < q.stride(2):  # (batch, seq, heads, head_dim) in memory
-        out = q.new_empty((batch, seq, heads, v.shape[3])).transpose(1, 2)
-    else:
-        out = q.new_empty((batch, heads, seq, v.shape[3]))
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return out, q.new_empty((batch, heads, seq), dtype=lse_dtype)
+    return _empty(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
 def _scale(scale: float | None, q: torch.Tensor) -> float:
@@ -134,12 +143,13 @@ def _backward(
     scale: float | None,
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if not lse.numel():
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    # The backward pass of a cuda call runs on the torch backend.
-    run = reference.backward if backend == "reference" else torch_backend.backward
-    parsed = parse_pattern(pattern)
-    return run(dout, dlse, q, k, v, out, lse, parsed, _scale(scale, q))
+    dq, dk, dv = (_empty(x, x.shape[3]) for x in (q, k, v))
+    if lse.numel():
+        parsed = parse_pattern(pattern)
+        name, _ = choose_backend(q, k, v, parsed, backend)
+        run = _BACKWARD[name]
+        run(dout, dlse, q, k, v, out, lse, parsed, _scale(scale, q), dq, dk, dv)
+    return dq, dk, dv
 
 
 @torch.library.register_fake("sparse_attn::backward")
@@ -151,7 +161,8 @@ def _backward_fake(
     v: torch.Tensor,
     *_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dq, dk, dv = (_empty(x, x.shape[3]) for x in (q, k, v))
+    return dq, dk, dv
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

@@ -42,7 +42,7 @@ def attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention over the keys that a pattern selects (Child et al., 2019, sections 4 and 5).
+    """Softmax attention over the keys that a pattern selects (Child et al., 2019, section 4).
 
     Args:
         q: ``(batch, heads, seq, head_dim)``, any strides; float16, bfloat16, float32 or float64.
@@ -50,13 +50,15 @@ def attention(
         v: ``(batch, kv_heads, seq, head_dim_v)``. head_dim and head_dim_v are at most 256.
         pattern: what attends to what, for example ``Strided(128)`` or ``Fixed(128, columns=32)``.
         scale: factor of the scores; ``1 / sqrt(head_dim)`` if None.
-        return_lse: return ``(out, lse)``. lse is ``(batch, heads, seq)``, the natural logarithm of the sum of
-            the exponentials of the scaled scores, fp32 (fp64 for fp64 inputs). Both are differentiable.
-        backend: "cuda" (the native kernels), "torch" or "reference"; the fastest that can run if None.
+        return_lse: return ``(out, lse)``. lse is ``(batch, heads, seq)``, the natural logarithm of
+            the sum of the exponentials of the scaled scores, fp32 (fp64 for fp64 inputs). Both are
+            differentiable.
+        backend: "cuda" (the native kernels), "torch" or "reference"; the fastest that can run if
+            None.
 
     Returns:
-        out ``(batch, heads, seq, head_dim_v)`` in q's dtype and memory order. A query that attends no
-        key has output 0, lse -inf and gradient 0.
+        out ``(batch, heads, seq, head_dim_v)`` in q's dtype and memory order. A query that attends
+        no key has output 0, lse -inf and gradient 0.
 
     Under autocast the inputs are cast to its dtype. Differentiable once.
 
@@ -94,14 +96,15 @@ def which_backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pa
 def _inputs(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k and v in autocast's dtype, once what the operator's schema would refuse is refused in words."""
+    """q, k and v in autocast's dtype; refuses in words what the operator's schema would refuse."""
     if not isinstance(pattern, Pattern):
         raise TypeError(f"pattern must be a pattern such as Strided(128), got {pattern!r}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         # A DTensor is known by its device_mesh: importing its class would double the import time.
         if not isinstance(x, torch.Tensor) or x.is_nested or hasattr(x, "device_mesh"):
             raise TypeError(
-                f"{name} must be a plain torch.Tensor (no nested tensor, no DTensor), got {_kind(x)}"
+                f"{name} must be a plain torch.Tensor (no nested tensor, no DTensor), "
+                f"got {_kind(x)}"
             )
     device = q.device.type
     if torch.is_autocast_enabled(device) and q.is_floating_point() and q.dtype != torch.float64:

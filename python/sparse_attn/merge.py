@@ -12,11 +12,12 @@ def merge(
 
     Args:
         out1, out2: partial outputs, ``(..., seq, head_dim_v)``.
-        lse1, lse2: their log-sum-exp (natural logarithm), ``(..., seq)``; -inf where a part has no key.
+        lse1, lse2: their log-sum-exp (natural logarithm), ``(..., seq)``; -inf where a part has no
+            key.
 
     Returns:
-        ``(out, lse)``: out in the dtype of ``out1``, lse in that of ``lse1``. Where both parts are empty, out is
-        0 and lse -inf. Differentiable in all four arguments.
+        ``(out, lse)``: out in the dtype of ``out1``, lse in that of ``lse1``. Where both parts are
+        empty, out is 0 and lse -inf. Differentiable in all four arguments.
 
     >>> out, lse = merge(torch.ones(1, 2), torch.zeros(1), torch.zeros(1, 2), torch.zeros(1))
     >>> out.tolist()

@@ -16,8 +16,8 @@ class SelfAttention(nn.Module):
         width: features of the input and the output.
         heads: query heads; divides ``width`` and ``qk_width``.
         pattern: any pattern; a `PerHead` has ``heads`` of them.
-        qk_width: features of queries, and of keys if there are as many key heads; ``width`` if None.
-            The paper's image models use ``width // 2``.
+        qk_width: features of queries, and of keys if there are as many key heads; ``width`` if
+            None. The paper's image models use ``width // 2``.
         kv_heads: key and value heads; divides ``heads``, equals it if None.
         bias: whether the projections have biases.
 

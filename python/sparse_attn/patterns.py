@@ -1,8 +1,9 @@
-"""What attends to what: the pattern algebra of the Sparse Transformer (Child et al., 2019, section 4).
+"""What attends to what: the pattern algebra of the Sparse Transformer.
 
-A pattern is a set of pairs (query i, key j) of 0-based token positions. ``pattern.mask(n)`` is its
-definition, straight from the sets; ``pattern.branches(n)`` says how the backends compute it (plan.py).
-A test proves that the two agree. To add a pattern, add a class here.
+Child et al., 2019, section 4. A pattern is a set of pairs (query i, key j) of 0-based token
+positions. ``pattern.mask(n)`` is its definition, straight from the sets; ``pattern.branches(n)``
+says how the backends compute it (plan.py). A test proves that the two agree. To add a pattern, add
+a class here.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Pattern:
         return 2 * int(pairs.sum()) * (head_dim + (head_dim_v or head_dim)) // heads
 
     def plot(self, n: int) -> Figure:
-        """The pattern at ``n`` tokens as a matplotlib figure (``pip install "sparse-attn[plot]"``)."""
+        """The pattern at ``n`` tokens, drawn by matplotlib (the extra ``plot``)."""
         from .plot import plot_pattern
 
         return plot_pattern(self, n)
@@ -166,7 +167,7 @@ class _Far(_Member):
 
     def branches(self, n: int) -> tuple[Branch, ...]:
         queries, keys = self._views(n)
-        everything = Run(n, window=n, chunks=(), causal=self.causal)
+        everything = Run(n, window=n, chunks=(), past=True, future=not self.causal)
         return (Branch(queries, everything, (Segment(keys, "inside"),)),)
 
 
@@ -183,10 +184,11 @@ class Dense(_Near):
 
 @dataclass(frozen=True, repr=False)
 class Local(_Near):
-    """The last ``window`` keys, the query included: j in (i - window, i]. |i - j| < window if not causal.
+    """The last ``window`` keys, the query included: j in (i - window, i]; all |i - j| < window
+    if not causal.
 
-    The first head of strided attention (paper, section 4.3; the paper's formula has one key more, this
-    follows the authors' code).
+    The first head of strided attention (paper, section 4.3; the paper's formula has one key more,
+    this follows the authors' code).
     """
 
     window: int
@@ -219,7 +221,7 @@ class Chunk(_Near):
     def branches(self, n: int) -> tuple[Branch, ...]:
         length = min(self.length, n)
         chunk = SequenceView(n, groups=-(-n // length), max_rows=length, group_step=length)
-        everything = Run(n, window=n, chunks=(), causal=self.causal)
+        everything = Run(n, window=n, chunks=(), past=True, future=not self.causal)
         return (Branch(chunk, everything, (Segment(chunk, "inside"),)),)
 
 
@@ -250,7 +252,8 @@ class Summary(_Far):
     """The ``columns`` summary keys of every chunk: offset <= j mod length < offset + columns.
 
     The second head of fixed attention (paper, section 4.3). ``offset`` defaults to the chunk's last
-    columns, ``length - columns``. A query before the first summary key has no key: output 0, lse -inf.
+    columns, ``length - columns``. A query before the first summary key has no key: output 0, lse
+    -inf.
     """
 
     length: int
@@ -361,12 +364,12 @@ def _union_order(member: _Member) -> tuple[bool, str]:
 def _near_and_far(
     n: int, near: Sequence[_Near], far: _Far | None, causal: bool
 ) -> tuple[Branch, ...]:
-    """The normal form: near members are one run of tokens, and the far member is cut at its ends."""
+    """The normal form: near members are one run of tokens, the far member is cut at its ends."""
     window = max(member._window(n) for member in near)
     lengths = {length for member in near for length in member._chunks(n)}
     # A chunk inside a chunk of a multiple of its length adds nothing.
     chunks = [a for a in sorted(lengths) if not any(b % a == 0 for b in lengths - {a})]
-    run = Run(n, window, tuple(chunks), causal)
+    run = Run(n, window, tuple(chunks), past=True, future=not causal)
     tokens = token_order(n)
     near_segment = Segment(tokens, "inside")
     if far is None:

@@ -1,10 +1,10 @@
 """The plan: attention over intervals, read through strided views of the sequence.
 
-A pattern looks irregular in token order and dense in another order. ``plan(pattern, n)`` lists, for a
-sequence of ``n`` tokens, the *branches* that compute it. A branch walks the queries in the order of one
-`SequenceView`; each of its *segments* is a key view and the rows of it that a query attends, always one
-interval, monotone in the query. The branches of a plan partition the keys of every query, so their
-outputs merge by log-sum-exp.
+A pattern looks irregular in token order and dense in another order. ``plan(pattern, n)`` lists, for
+a sequence of ``n`` tokens, the *branches* that compute it. A branch walks the queries in the order
+of one `SequenceView`; each of its *segments* is a key view and the rows of it that a query attends,
+always one interval, monotone in the query. The branches of a plan partition the keys of every
+query, so their outputs merge by log-sum-exp.
 
 Nothing here, and nothing below, knows a pattern's name. The same arithmetic stands in
 ``csrc/attention/plan.h`` for the kernels.
@@ -12,7 +12,7 @@ Nothing here, and nothing below, knows a pattern's name. The same arithmetic sta
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,7 +32,8 @@ class SequenceView:
 
     ``position(group, row) = offset + group * group_step + row // run * run_stride + row % run``:
     runs of ``run`` neighbouring tokens, ``run_stride`` apart. Token order is one group with run and
-    stride 1; a chunk or a residue modulo the stride is a group; summary columns are runs of ``columns``.
+    stride 1; a chunk or a residue modulo the stride is a group; summary columns are runs of
+    ``columns``.
     """
 
     length: int  # tokens in the sequence
@@ -42,6 +43,10 @@ class SequenceView:
     group_step: int = 0
     run: int = 1
     run_stride: int = 1
+
+    @property
+    def lists_every_token(self) -> bool:
+        return self.groups * self.max_rows >= self.length
 
     def position(self, group: Index, row: Index) -> Index:
         """Token at ``row`` of ``group``."""
@@ -66,24 +71,28 @@ class SequenceView:
 
 @dataclass(frozen=True)
 class Run:
-    """The tokens ``[start(i), end(i))`` around query ``i``, always with ``i`` itself.
+    """The tokens ``[start(i), end(i))`` around token ``i``, always with ``i`` itself.
 
-    The union of a window of ``window`` keys and of the chunks of each length in ``chunks``.
+    The union of a window of ``window`` tokens to each side and of the chunks of each length in
+    ``chunks``; only up to ``i`` without ``future``, only from ``i`` without ``past``.
     """
 
     length: int
     window: int
     chunks: tuple[int, ...]
-    causal: bool
+    past: bool
+    future: bool
 
     def start(self, token: Index) -> Index:
+        if not self.past:
+            return token
         start = np.maximum(token - self.window + 1, 0)
         for length in self.chunks:
             start = np.minimum(start, token - token % length)
         return start
 
     def end(self, token: Index) -> Index:
-        if self.causal:
+        if not self.future:
             return token + 1
         end = token + self.window
         for length in self.chunks:
@@ -123,6 +132,27 @@ class Branch:
     run: Run
     segments: tuple[Segment, ...]
 
+    def transposed(self) -> tuple[Branch, ...]:
+        """Keys as queries: for each key view, the branch that lists the queries of every key.
+
+        The queries whose run holds token j are the run around j with past and future exchanged,
+        and those whose run begins after j come after that run.
+        """
+        run = replace(self.run, past=self.run.future, future=self.run.past)
+        exchanged: dict[Part, Part] = {"before": "after", "inside": "inside", "after": "before"}
+        return tuple(
+            Branch(
+                keys,
+                run,
+                tuple(
+                    Segment(self.queries, exchanged[segment.part])
+                    for segment in self.segments
+                    if segment.keys == keys
+                ),
+            )
+            for keys in dict.fromkeys(segment.keys for segment in self.segments)
+        )
+
 
 def token_order(length: int) -> SequenceView:
     """All tokens, in their own order."""
@@ -131,7 +161,7 @@ def token_order(length: int) -> SequenceView:
 
 @lru_cache(maxsize=1024)
 def plan(pattern: Pattern, length: int) -> tuple[Branch, ...]:
-    """Branches of a pattern at ``length`` >= 1 tokens; every key of a query is in exactly one segment."""
+    """Branches of a pattern at ``length`` >= 1 tokens; a key of a query is in one segment."""
     return pattern.branches(length)
 
 

@@ -129,7 +129,8 @@ def plot_loss(
             horizontalalignment="right",
             fontsize=8,
             color=INK,
-        )
+            annotation_clip=True,
+        ).set_in_layout(False)
     axes.set_xlabel("step")
     axes.set_ylabel("bits per byte")
     axes.set_ylim(0, min(8.5, float(values.max()) + 0.5))

@@ -6,67 +6,21 @@
 // folder has the schedule and the counts.
 #pragma once
 
-#include "attention/softmax.cuh"
-#include "attention/tiles.h"
-#include "params.h"
-#include "ptx/cp_async.cuh"
-#include "ptx/ldmatrix.cuh"
-#include "ptx/mma_sync.cuh"
 #include "sm80/forward/config.h"
+#include "sm80/tile_ops.cuh"
 
 namespace sparse_attn::sm80::forward {
 
-// First element of a (batch, head) of a tensor.
-template <class T>
-__device__ __forceinline__ T* head_gmem(const TensorView& tensor, int batch, int head) {
-  return static_cast<T*>(tensor.data) + batch * tensor.batch_stride + head * tensor.head_stride;
-}
-
-// Starts copying rows [first_row, end_row) of a view into a tile; zeros where there is no row, and
-// past head_dim.
-template <int kThreads, class T, class Tile>
-__device__ __forceinline__ void load_tile(Tile& tile_smem, const T* head_gmem, int64_t row_stride,
-                                          const SequenceView& view, int group, int first_row,
-                                          int end_row, int head_dim) {
-  constexpr int kRowsAtOnce = kThreads / Tile::kVectors;
-  const int vector = threadIdx.x % Tile::kVectors;
-#pragma unroll
-  for (int row = threadIdx.x / Tile::kVectors; row < Tile::kRows; row += kRowsAtOnce) {
-    const bool exists = first_row + row < end_row && vector * 8 < head_dim;
-    const int64_t token = exists ? view.position(group, first_row + row) : 0;
-    const T* row_gmem = head_gmem + (exists ? token * row_stride + vector * 8 : 0);
-    ptx::cp_async_16(tile_smem.at(row, vector), row_gmem, exists);
-  }
-}
-
-// The mma fragments of a warp's 16 queries, (16, kHeadDim).
-template <class Tile, int kSteps>
-__device__ __forceinline__ void load_query_fragments(uint32_t (&q_reg)[kSteps][4], Tile& q_smem) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step) {  // 16 columns each
-    ptx::ldmatrix_x4(q_reg[step], q_smem.at(warp * 16 + lane % 16, step * 2 + lane / 16));
-  }
-}
-
-// scores (16, keys) = q (16, kHeadDim) k^T, in units of log 2.
+// scores (16, keys) = q k^T, in units of log 2.
 template <class T, class Tile, int kSteps, int kKeyTiles>
 __device__ __forceinline__ void scores_qk(float (&scores)[kKeyTiles][4],
                                           const uint32_t (&q_reg)[kSteps][4], Tile& k_smem,
                                           float scale_log2) {
-  const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < kKeyTiles; ++i) scores[i][0] = scores[i][1] = scores[i][2] = scores[i][3] = 0;
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step) {  // 16 columns of q and k
-#pragma unroll
-    for (int i = 0; i < kKeyTiles; i += 2) {  // 16 keys
-      uint32_t k_reg[4];                      // keys 0-7: columns 0-7, 8-15; keys 8-15: likewise
-      ptx::ldmatrix_x4(k_reg, k_smem.at(i * 8 + lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2));
-      ptx::mma_m16n8k16<T>(scores[i], q_reg[step], k_reg[0], k_reg[1]);
-      ptx::mma_m16n8k16<T>(scores[i + 1], q_reg[step], k_reg[2], k_reg[3]);
-    }
-  }
+  for (int step = 0; step < kSteps; ++step)
+    multiply_transposed<T>(scores, q_reg[step], k_smem, step);
   // Before any maximum is taken, so that scale may be 0 or negative.
 #pragma unroll
   for (int i = 0; i < kKeyTiles; ++i) {
@@ -75,46 +29,17 @@ __device__ __forceinline__ void scores_qk(float (&scores)[kKeyTiles][4],
   }
 }
 
-// Minus infinity where a query (this lane has two) does not attend the key row.
-template <int kKeyTiles>
-__device__ __forceinline__ void mask_scores(float (&scores)[kKeyTiles][4], int first_row,
-                                            const Interval (&attended)[2]) {
-  const int column = threadIdx.x % 4 * 2;
-#pragma unroll
-  for (int i = 0; i < kKeyTiles; ++i) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int key_row = first_row + i * 8 + column + j % 2;
-      if (!attended[j / 2].contains(key_row)) scores[i][j] = minus_infinity();
-    }
-  }
-}
-
 // out (16, kHeadDimV) = out * shrink + weights (16, keys) v (keys, kHeadDimV).
 template <class T, class Tile, int kKeyTiles, int kOutTiles>
 __device__ __forceinline__ void accumulate_pv(float (&out)[kOutTiles][4],
                                               const float (&weights)[kKeyTiles][4], Tile& v_smem,
                                               float2 shrink) {
-  const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < kOutTiles; ++i) {
     out[i][0] *= shrink.x, out[i][1] *= shrink.x;
     out[i][2] *= shrink.y, out[i][3] *= shrink.y;
   }
-#pragma unroll
-  for (int step = 0; step < kKeyTiles / 2; ++step) {  // 16 keys
-    // An accumulator of two 8-key tiles has the layout of one operand of 16 keys.
-    const float (&low)[4] = weights[2 * step], (&high)[4] = weights[2 * step + 1];
-    const uint32_t p_reg[4] = {ptx::pack<T>(low[0], low[1]), ptx::pack<T>(low[2], low[3]),
-                               ptx::pack<T>(high[0], high[1]), ptx::pack<T>(high[2], high[3])};
-#pragma unroll
-    for (int i = 0; i < kOutTiles; i += 2) {  // 16 columns of v
-      uint32_t v_reg[4];                      // columns 0-7: keys 0-7, 8-15; columns 8-15: likewise
-      ptx::ldmatrix_x4_trans(v_reg, v_smem.at(step * 16 + lane % 16, i + lane / 16));
-      ptx::mma_m16n8k16<T>(out[i], p_reg, v_reg[0], v_reg[1]);
-      ptx::mma_m16n8k16<T>(out[i + 1], p_reg, v_reg[2], v_reg[3]);
-    }
-  }
+  multiply<T>(out, weights, v_smem);
 }
 
 // Divides by the softmax sum, merges with the earlier branches (their output is in out_smem) and
@@ -123,7 +48,7 @@ template <class T, class Tile, int kOutTiles>
 __device__ __forceinline__ void finish_rows(float (&out)[kOutTiles][4], Tile& out_smem,
                                             const OnlineSoftmax& softmax,
                                             float* const (&lse_gmem)[2], bool merge) {
-  const int lane = threadIdx.x % 32;
+  const int lane = lane_index();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float sum = quad_sum(softmax.row_sum[half]);
@@ -145,10 +70,9 @@ __device__ __forceinline__ void finish_rows(float (&out)[kOutTiles][4], Tile& ou
     __syncwarp();
     if (lane % 4 == 0 && lse_gmem[half] != nullptr) *lse_gmem[half] = lse;
 
-    const int row = threadIdx.x / 32 * 16 + lane / 4 + half * 8;
 #pragma unroll
     for (int i = 0; i < kOutTiles; ++i) {
-      auto* pair_smem = reinterpret_cast<uint32_t*>(out_smem.at(row, i)) + lane % 4;
+      auto* pair_smem = reinterpret_cast<uint32_t*>(out_smem.at(own_row(half), i)) + lane % 4;
       float2 pair = {out[i][2 * half] * share, out[i][2 * half + 1] * share};
       if (merge) {
         const float2 earlier = ptx::unpack<T>(*pair_smem);
@@ -156,22 +80,6 @@ __device__ __forceinline__ void finish_rows(float (&out)[kOutTiles][4], Tile& ou
         pair.y += earlier.y * earlier_share;
       }
       *pair_smem = ptx::pack<T>(pair.x, pair.y);
-    }
-  }
-}
-
-template <int kThreads, class T, class Tile>
-__device__ __forceinline__ void store_tile(Tile& out_smem, T* head_gmem, int64_t row_stride,
-                                           const SequenceView& view, const QueryTile& queries,
-                                           int head_dim) {
-  constexpr int kRowsAtOnce = kThreads / Tile::kVectors;
-  const int vector = threadIdx.x % Tile::kVectors;
-#pragma unroll
-  for (int row = threadIdx.x / Tile::kVectors; row < Tile::kRows; row += kRowsAtOnce) {
-    if (row < queries.rows && vector * 8 < head_dim) {
-      const int64_t token = view.position(queries.group, queries.first_row + row);
-      *reinterpret_cast<uint4*>(head_gmem + token * row_stride + vector * 8) =
-          *reinterpret_cast<const uint4*>(out_smem.at(row, vector));
     }
   }
 }
@@ -216,7 +124,7 @@ __global__ void __launch_bounds__(Config<T, kHeadDim, kHeadDimV>::kThreads,
   float* row_lse_gmem[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + half * 8;
+    const int row = own_row(half);
     token[half] =
         branch.queries.position(queries.group, queries.first_row + least(row, queries.rows - 1));
     row_lse_gmem[half] = row < queries.rows ? lse_gmem + token[half] : nullptr;
@@ -232,14 +140,14 @@ __global__ void __launch_bounds__(Config<T, kHeadDim, kHeadDimV>::kThreads,
   uint32_t q_reg[kHeadDim / 16][4];
   ptx::cp_async_wait<1>();
   __syncthreads();
-  load_query_fragments(q_reg, smem.q);
+#pragma unroll
+  for (int step = 0; step < kHeadDim / 16; ++step) load_fragment(q_reg[step], smem.q, step);
   __syncthreads();  // the output takes the place of the queries
   if (params.merge) load_queries(smem.out, out_gmem, params.out.row_stride, params.head_dim_v);
 
   float out[kHeadDimV / 8][4] = {};
   OnlineSoftmax softmax;
-  Interval attended[2];  // key rows of this lane's queries, in one segment
-  int attended_segment = -1;
+  Attended attended;
   for (int stage = 0; key_tiles.valid(tile); stage = (stage + 1) % kStages) {
     const KeyTile next = key_tiles.next(tile);
     if (key_tiles.valid(next)) load_keys(next, (stage + 1) % kStages);
@@ -250,15 +158,8 @@ __global__ void __launch_bounds__(Config<T, kHeadDim, kHeadDimV>::kThreads,
     float scores[Config::kTileKeys / 8][4];
     scores_qk<T>(scores, q_reg, smem.k[stage], params.scale * kLog2E);
     if (tile.masked) {
-      if (tile.segment != attended_segment) {
-        attended_segment = tile.segment;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          attended[half] =
-              branch.segments[tile.segment].bounds(branch.run, queries.group, token[half]);
-        }
-      }
-      mask_scores(scores, tile.first_row, attended);
+      attended.update(branch, tile.segment, queries.group, token);
+      fill_masked(scores, tile.first_row, attended, minus_infinity());
     }
     const float2 shrink = softmax.update(scores);
     accumulate_pv<T>(out, scores, smem.v[stage], shrink);

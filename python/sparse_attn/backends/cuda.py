@@ -97,31 +97,107 @@ def forward(
     lse: torch.Tensor,
 ) -> None:
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
-    batch, heads, seq, head_dim = q.shape
-    stream = torch.cuda.current_stream(q.device).cuda_stream
-    for first_head, head_count, head_pattern in _head_ranges(pattern, heads):
-        for number, branch in enumerate(native_plan(head_pattern, seq)):
+    sizes = _sizes(q, k, v)
+    for heads, head_pattern in _head_ranges(pattern, q.shape[1]):
+        for number, branch in enumerate(native_plan(head_pattern, q.shape[2])):
             native().forward(
                 q=_argument(q),
                 k=_argument(k),
                 v=_argument(v),
                 out=_argument(out),
                 lse=lse.data_ptr(),
-                batch=batch,
-                heads=heads,
-                first_head=first_head,
-                head_count=head_count,
-                kv_heads=k.shape[1],
-                seq=seq,
-                head_dim=head_dim,
-                head_dim_v=v.shape[3],
                 scale=scale,
-                bfloat16=q.dtype == torch.bfloat16,
                 branch=branch,
                 merge=number > 0,
-                device=q.device.index,
-                stream=stream,
+                first_head=heads.start,
+                head_count=len(heads),
+                **sizes,
+                **_launch(q),
             )
+
+
+def backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    pattern: Pattern,
+    scale: float,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+) -> None:
+    if isinstance(pattern, PerHead) and k.shape[1] != q.shape[1]:
+        # Heads of one kv head may differ: each has a dk and dv of its own, summed in the end.
+        ratio = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(ratio, dim=1) for x in (k, v))
+        head_dk, head_dv = torch.empty_like(k), torch.empty_like(v)
+        backward(dout, dlse, q, k, v, out, lse, pattern, scale, dq, head_dk, head_dv)
+        dk.copy_(head_dk.unflatten(1, (-1, ratio)).sum(2, dtype=torch.float32))
+        dv.copy_(head_dv.unflatten(1, (-1, ratio)).sum(2, dtype=torch.float32))
+        return
+    q, k, v, dout, out = (_aligned(x) for x in (q, k, v, dout, out))
+    stats = lse.new_empty((*lse.shape, 2))
+    sizes = _sizes(q, k, v)
+    native().row_stats(
+        out=_argument(out),
+        dout=_argument(dout),
+        lse=lse.data_ptr(),
+        dlse=0 if dlse is None else dlse.contiguous().data_ptr(),
+        stats=stats.data_ptr(),
+        **{name: sizes[name] for name in ("batch", "heads", "seq", "head_dim_v")},
+        **_launch(q),
+    )
+    for heads, head_pattern in _head_ranges(pattern, q.shape[1]):
+        if not plan(head_pattern, q.shape[2])[0].segments[0].keys.lists_every_token:
+            # The launches write only the keys that a segment lists.
+            dk[:, heads.start : heads.stop].zero_()
+            dv[:, heads.start : heads.stop].zero_()
+        for keys_own in (False, True):
+            branches = native_plan(head_pattern, q.shape[2], transposed=keys_own)
+            for number, branch in enumerate(branches):
+                native().backward(
+                    q=_argument(q),
+                    k=_argument(k),
+                    v=_argument(v),
+                    dout=_argument(dout),
+                    dq=_argument(dq),
+                    dk=_argument(dk),
+                    dv=_argument(dv),
+                    stats=stats.data_ptr(),
+                    scale=scale,
+                    keys_own=keys_own,
+                    branch=branch,
+                    accumulate=number > 0,
+                    first_head=heads.start,
+                    head_count=len(heads),
+                    **sizes,
+                    **_launch(q),
+                )
+
+
+def _sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, int]:
+    batch, heads, seq, head_dim = q.shape
+    return {
+        "batch": batch,
+        "heads": heads,
+        "kv_heads": k.shape[1],
+        "seq": seq,
+        "head_dim": head_dim,
+        "head_dim_v": v.shape[3],
+    }
+
+
+def _launch(q: torch.Tensor) -> dict[str, int]:
+    """Element type, device and current stream: what every launch takes from here."""
+    return {
+        "bfloat16": q.dtype == torch.bfloat16,
+        "device": q.device.index,
+        "stream": torch.cuda.current_stream(q.device).cuda_stream,
+    }
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
@@ -134,27 +210,30 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
 
 
 def _argument(x: torch.Tensor) -> tuple[int, int, int, int]:
-    return (x.data_ptr(), *x.stride()[:3])
+    batch_stride, head_stride, row_stride, _ = x.stride()
+    return x.data_ptr(), batch_stride, head_stride, row_stride
 
 
-def _head_ranges(pattern: Pattern, heads: int) -> list[tuple[int, int, Pattern]]:
-    """(first head, number of heads, pattern): neighbouring heads of one pattern share a launch."""
+def _head_ranges(pattern: Pattern, heads: int) -> list[tuple[range, Pattern]]:
+    """Neighbouring heads of one pattern, which share a launch."""
     if not isinstance(pattern, PerHead):
-        return [(0, heads, pattern)]
-    ranges: list[tuple[int, int, Pattern]] = []
+        return [(range(heads), pattern)]
+    ranges: list[tuple[range, Pattern]] = []
     for head, head_pattern in enumerate(pattern.patterns):
-        if ranges and ranges[-1][2] == head_pattern:
-            first, count, _ = ranges.pop()
-            ranges.append((first, count + 1, head_pattern))
+        if ranges and ranges[-1][1] == head_pattern:
+            ranges[-1] = (range(ranges[-1][0].start, head + 1), head_pattern)
         else:
-            ranges.append((head, 1, head_pattern))
+            ranges.append((range(head, head + 1), head_pattern))
     return ranges
 
 
 @lru_cache(maxsize=1024)
-def native_plan(pattern: Pattern, length: int) -> tuple[_C.Branch, ...]:
-    """The plan in the kernels' structs."""
-    return tuple(_native_branch(branch) for branch in plan(pattern, length))
+def native_plan(pattern: Pattern, length: int, transposed: bool = False) -> tuple[_C.Branch, ...]:
+    """The plan, or its transposed branches, in the kernels' structs."""
+    branches = plan(pattern, length)
+    if transposed:
+        branches = tuple(part for branch in branches for part in branch.transposed())
+    return tuple(_native_branch(branch) for branch in branches)
 
 
 def _native_branch(branch: Branch) -> _C.Branch:
@@ -162,7 +241,8 @@ def _native_branch(branch: Branch) -> _C.Branch:
         length=branch.run.length,
         window=branch.run.window,
         chunks=list(branch.run.chunks),
-        causal=branch.run.causal,
+        past=branch.run.past,
+        future=branch.run.future,
     )
     segments = [(_native_view(s.keys), _PARTS[s.part]) for s in branch.segments]
     return native().Branch(_native_view(branch.queries), run, segments)

@@ -29,8 +29,8 @@ def attention(
         rounding: if given, scores, weights and products are rounded to this dtype (gradients too).
 
     Returns:
-        out ``(batch, heads, seq, head_dim_v)`` and lse ``(batch, heads, seq)``, both in ``dtype``. A query
-        with no key has output 0 and lse -inf.
+        out ``(batch, heads, seq, head_dim_v)`` and lse ``(batch, heads, seq)``, both in ``dtype``.
+        A query with no key has output 0 and lse -inf.
     """
 
     def rounded(x: torch.Tensor) -> torch.Tensor:
@@ -71,8 +71,11 @@ def backward(
     lse: torch.Tensor,
     pattern: Pattern,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk, dv by the softmax formula: dS = P * (dP - delta), delta = rowsum(dout * out) - dlse."""
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+) -> None:
+    """dS = P * (dP - delta) with delta = rowsum(dout * out) - dlse, from the saved lse."""
     dtype = lse.dtype
     mask = pattern.mask(q.shape[2]).to(q.device)
     q_, dout_, out_ = q.to(dtype), dout.to(dtype), out.to(dtype)
@@ -83,12 +86,12 @@ def backward(
         delta = delta - dlse
     delta = torch.where(lse == float("-inf"), 0.0, delta)
     dscores = weights * (dout_ @ v_.mT - delta[..., None]) * scale
-    dk = (dscores.mT @ q_).unflatten(1, (k.shape[1], -1)).sum(2)
-    dv = (weights.mT @ dout_).unflatten(1, (k.shape[1], -1)).sum(2)
-    return (dscores @ k_).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    dq.copy_(dscores @ k_)
+    dk.copy_((dscores.mT @ q_).unflatten(1, (k.shape[1], -1)).sum(2))
+    dv.copy_((weights.mT @ dout_).unflatten(1, (k.shape[1], -1)).sum(2))
 
 
 def per_query_head(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Keys or values with one head for each query head: kv head h serves ``heads / kv_heads`` in a row."""
+    """Keys or values, one head for each query head: a kv head serves neighbouring query heads."""
     ratio = q.shape[1] // x.shape[1]
     return x if ratio == 1 else x.repeat_interleave(ratio, dim=1)

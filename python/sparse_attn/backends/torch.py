@@ -1,8 +1,9 @@
-"""The torch backend: the branches of the plan in PyTorch operations, on any device, in any float dtype.
+"""The torch backend: the branches of the plan in PyTorch operations, on any device.
 
-O(n * keys per query) time and O(n * head_dim) memory: queries are taken in blocks, and the backward pass
-computes the weights of a block again from the saved lse. Runs in fp32, or in fp64 for fp64 inputs.
-Deterministic: a block adds to a row of dq, dk or dv at most once a segment, and the blocks come in order.
+O(n * keys per query) time and O(n * head_dim) memory: queries are taken in blocks, and the backward
+pass computes the weights of a block again from the saved lse. Runs in fp32, or in fp64 for fp64
+inputs. Deterministic: a block adds to a row of dq, dk or dv at most once a segment, and the blocks
+come in order.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .reference import per_query_head
 
 # Scores held at a time: 2**22 in fp32 are 16 MB.
 _BLOCK_SCORES = 1 << 22
-# A block of rows much shorter than the keys of a query wastes calls, much longer ones masked scores.
+# Blocks much shorter than the keys of a query waste calls, much longer ones masked scores.
 _LEAST_ROWS, _MOST_ROWS = 32, 256
 
 
@@ -77,7 +78,10 @@ def backward(
     lse: torch.Tensor,
     pattern: Pattern,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+) -> None:
     batch, heads_count, n, _ = q.shape
     dtype, kv_heads = lse.dtype, k.shape[1]
     k, v = per_query_head(k, q), per_query_head(v, q)
@@ -85,10 +89,10 @@ def backward(
     if dlse is not None:
         delta = delta - dlse
     delta = torch.where(lse == float("-inf"), 0.0, delta)  # a query with no key has no gradient
-    dq, dk, dv = (_accumulator(x, x.shape[3], dtype) for x in (q, k, v))
+    sum_dq, sum_dk, sum_dv = (_accumulator(x, x.shape[3], dtype) for x in (q, k, v))
     for heads, head_pattern in _heads_by_pattern(pattern, heads_count):
         q_, k_, v_, dout_ = q[:, heads], k[:, heads], v[:, heads], dout[:, heads]
-        dq_, dk_, dv_ = dq[:, heads], dk[:, heads], dv[:, heads]
+        dq_, dk_, dv_ = sum_dq[:, heads], sum_dk[:, heads], sum_dv[:, heads]
         for branch in plan(head_pattern, n):
             for block in _blocks(branch, batch * q_.shape[1], q.device):
                 keys = torch.cat(block.keys, 1)
@@ -102,9 +106,10 @@ def backward(
                 _add(dk_, block.keys, dscores.mT @ _take(q_, block.queries).to(dtype))
                 _add(dv_, block.keys, weights.mT @ block_dout)
         if isinstance(heads, list):  # indexing with a list made copies
-            dq[:, heads], dk[:, heads], dv[:, heads] = dq_, dk_, dv_
-    dk, dv = (x[:, :, :n].unflatten(1, (kv_heads, -1)).sum(2) for x in (dk, dv))
-    return dq[:, :, :n].to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+            sum_dq[:, heads], sum_dk[:, heads], sum_dv[:, heads] = dq_, dk_, dv_
+    dq.copy_(sum_dq[:, :, :n])
+    dk.copy_(sum_dk[:, :, :n].unflatten(1, (kv_heads, -1)).sum(2))
+    dv.copy_(sum_dv[:, :, :n].unflatten(1, (kv_heads, -1)).sum(2))
 
 
 def _heads_by_pattern(pattern: Pattern, heads: int) -> list[tuple[slice | list[int], Pattern]]:
@@ -151,7 +156,7 @@ def _blocks(branch: Branch, batch_heads: int, device: torch.device) -> Iterator[
 def _scores(
     q: torch.Tensor, k: torch.Tensor, block: _Block, scale: float, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Scaled scores ``(batch, heads, groups, rows, key rows)``, -inf where a query does not attend."""
+    """Scores ``(batch, heads, groups, rows, key rows)``, -inf where a query does not attend."""
     queries = _take(q, block.queries).to(dtype) * scale
     keys = _take(k, torch.cat(block.keys, 1)).to(dtype)
     return (queries @ keys.mT).masked_fill_(~block.attends, float("-inf"))
@@ -179,7 +184,7 @@ def _put(x: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> None:
 
 
 def _add(x: torch.Tensor, positions: tuple[torch.Tensor, ...], rows: torch.Tensor) -> None:
-    """Adds rows ``(batch, heads, groups, rows of all parts, dim)``; a part names a position once."""
+    """Adds rows ``(batch, heads, groups, rows of all parts, dim)``; a part has a position once."""
     start = 0
     for part in positions:
         part_rows = rows[:, :, :, start : start + part.shape[1]]

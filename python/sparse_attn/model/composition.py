@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which pattern each head of each block uses (paper, section 4.2).
+"""Which pattern each head of each block uses (paper, section 5.1).
 
 The factorised patterns have two members, a near and a far one:
 
-| pattern | near          | far                             |
-|---------|---------------|---------------------------------|
+| pattern | near          | far                              |
+|---------|---------------|----------------------------------|
 | fixed   | Chunk(stride) | Summary(stride, columns, offset) |
-| strided | Local(stride) | Dilated(stride)                 |
+| strided | Local(stride) | Dilated(stride)                  |
 
 - "merged": every head attends to the union of both.
 - "multihead": the first half of the heads is near, the second far; an odd head is near.

@@ -80,8 +80,8 @@ class SparseTransformer(nn.Module):
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab, config.width)
         self.start = nn.Parameter(torch.empty(config.width))
-        self.position_embeddings = nn.ModuleList(
-            nn.Embedding(size, config.width) for size in config.position_axes
+        self.position_embeddings = nn.ParameterList(
+            torch.empty(size, config.width) for size in config.position_axes
         )
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.final_norm = nn.LayerNorm(config.width, eps=NORM_EPS)
@@ -110,7 +110,7 @@ class SparseTransformer(nn.Module):
         embedding_std = 0.01 if code else 0.125 / math.sqrt(config.width)
         nn.init.normal_(self.token_embedding.weight, std=embedding_std)
         nn.init.normal_(self.start, std=embedding_std)
-        for table in self.position_embeddings.parameters():
+        for table in self.position_embeddings:
             nn.init.normal_(table, std=embedding_std / math.sqrt(len(config.position_axes)))
         for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
@@ -124,15 +124,24 @@ class SparseTransformer(nn.Module):
         nn.init.zeros_(self.logits.weight)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """What the first block reads: the token before, and the position of the one to predict."""
+        """What the first block reads: the token before, and the position of the one to predict.
+
+        (The authors' code adds the position of the token before.)
+        """
         batch, seq = tokens.shape
         start = self.start.expand(batch, 1, -1)
         x = torch.cat([start, self.token_embedding(tokens[:, :-1])], dim=1)[:, :seq]
-        position = torch.arange(seq, device=tokens.device)
-        axes = self.config.position_axes
-        for axis, embedding in enumerate(self.position_embeddings):
-            x = x + embedding(position // math.prod(axes[axis + 1 :]) % axes[axis])
-        return x
+        return x + self.embed_positions()[:seq]
+
+    def embed_positions(self) -> Tensor:
+        """The sum of the embeddings of each axis, (at least context, width); the last runs fastest.
+
+        A broadcast sum, not a look-up: its gradient is a sum in a fixed order, not a scatter.
+        """
+        positions, *others = self.position_embeddings
+        for table in others:
+            positions = (positions[:, None] + table).flatten(0, 1)
+        return positions
 
     def run_blocks(self, x: Tensor, layers: int) -> Tensor:
         """The first ``layers`` blocks."""

@@ -43,18 +43,22 @@ def demo(
     loss.png, connectivity.png and attention.png to `out`.
     """
     begin = time.perf_counter()
+    if not seconds > 0:
+        raise ValueError(f"seconds is {seconds}, wanted more than 0")
     console = make_console()
     import_safetensors()
     plot.import_figure()
-    out.mkdir(parents=True, exist_ok=True)
 
     corpus = load_corpus(data) if data else standard_library()
     device, precision = pick_device()
     config, training = preset("demo")
     if device.type == "cuda":
         training = replace(training, steps=GPU_STEPS, batch=GPU_BATCH)
-    training = replace(training, precision=precision, seed=seed, steps=steps or training.steps)
+    training = replace(training, precision=precision, seed=seed)
+    if steps is not None:
+        training = replace(training, steps=steps)
     trainer = Trainer(config, training, corpus, device)
+    out.mkdir(parents=True, exist_ok=True)
     describe(trainer, console)
 
     with console.status("counting bytes and running xz"):
@@ -118,9 +122,10 @@ def report(
     table.add_column("model")
     table.add_column("bits per byte", justify="right")
     table.add_column("how")
-    how = {f"order {k}": f"counts of {k + 1} bytes, backing off to fewer" for k in range(4)}
-    how["xz"] = "bytes that xz adds for this text after the training text"
-    how[MODEL] = f"every byte once, given the {min_context} or more before it"
+    how = {f"order {k}": f"counts of bytes after each {k}, with backoff" for k in range(1, 4)}
+    how["order 0"] = "counts of bytes"
+    how["xz"] = "what xz adds for this text after the training text"
+    how[MODEL] = f"every byte once, given {min_context} or more before it"
     for name, value in {**baselines, MODEL: bits}.items():
         table.add_row(name, f"{value:.3f}", how[name])
     console.print(table)
@@ -131,12 +136,11 @@ def verdict(bits: float, baselines: Mapping[str, float]) -> str:
     """Who wins, in words."""
     beaten = [name for name, value in baselines.items() if bits < value]
     ahead = [name for name, value in baselines.items() if bits >= value]
-    first = (
-        f"The {MODEL} beats {_listed(beaten)}." if beaten else f"The {MODEL} beats none of them."
+    wins = "wins" if len(ahead) == 1 else "win"
+    return (
+        f"The {MODEL} beats {_listed(beaten) or 'none of them'}; "
+        f"{_listed(ahead) or 'none of them'} still {wins}."
     )
-    if not ahead:
-        return f"{first} None of them still wins."
-    return f"{first} Still better: {_listed(ahead)}."
 
 
 def print_sample(trainer: Trainer, console: Console) -> None:
@@ -188,4 +192,4 @@ def device_name(device: torch.device) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    return " and ".join([*([", ".join(names[:-1])] if names[1:] else []), *names[-1:]])

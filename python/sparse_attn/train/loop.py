@@ -295,17 +295,11 @@ def train(
 
     with progress_bar(console) as bar:
         task = bar.add_task("training", total=steps, completed=first_step)
-        while trainer.step_number < steps:
+        last = trainer.step_number >= steps
+        while not last:
             done = trainer.step_number / steps
             if seconds is not None:
                 done = max(done, elapsed() / seconds)
-                if done >= 1:
-                    bar.update(task, total=trainer.step_number)
-                    console.print(
-                        f"stopped at step {trainer.step_number} of {steps}: "
-                        f"{seconds:.0f} seconds are over"
-                    )
-                    break
             loss = trainer.step(done)
             speed = (trainer.step_number - first_step) * tokens_per_step / elapsed()
             bar.update(
@@ -314,6 +308,12 @@ def train(
                 description=f"{loss:.3f} bits per byte, {speed:,.0f} tokens/s",
             )
             last = trainer.step_number == steps
+            if not last and seconds is not None and elapsed() >= seconds:
+                last = True
+                console.print(
+                    f"{seconds:g} seconds are over: training stops at step {trainer.step_number} "
+                    f"of {steps}"
+                )
             if last or trainer.step_number % validate_every == 0:
                 pause = time.perf_counter()
                 bits = trainer.validate(trainer.corpus.validation[:validation_bytes])
@@ -335,7 +335,7 @@ def mean_of_last(values: list[float], count: int = 20) -> float:
 
 
 def progress_bar(console: Console) -> Progress:
-    """A rich progress bar with the time left."""
+    """A rich progress bar with the time left, on a terminal only."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -350,6 +350,7 @@ def progress_bar(console: Console) -> Progress:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=console,
+        disable=not console.is_terminal,
     )
 
 

@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: Apache-2.0
+// The portable backward kernels: one branch of a plan, one CTA per tile of 64 rows whose gradient
+// it owns.
+//
+// Two owners, one kernel: a CTA that owns queries streams the keys they attend and sums dq; one
+// that owns keys streams the queries that attend them, over all heads of their group, and sums dk
+// and dv. Each computes the weights again. No atomics: a gradient is summed by one CTA in one
+// order. README.md in this folder has the formulas and the counts.
+#pragma once
+
+#include "sm80/backward/config.h"
+#include "sm80/tile_ops.cuh"
+
+namespace sparse_attn::sm80::backward {
+
+// product (16, rows) = own (16, columns) streamed^T.
+template <class T, class OwnTile, class StreamedTile, int kTiles>
+__device__ __forceinline__ void product_transposed(float (&product)[kTiles][4], OwnTile& own_smem,
+                                                   StreamedTile& streamed_smem) {
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i)
+    product[i][0] = product[i][1] = product[i][2] = product[i][3] = 0;
+#pragma unroll
+  for (int step = 0; step < OwnTile::kColumns / 16; ++step) {
+    uint32_t own_reg[4];
+    load_fragment(own_reg, own_smem, step);
+    multiply_transposed<T>(product, own_reg, streamed_smem, step);
+  }
+}
+
+// Scores to weights, dweights to dscores / scale. The statistics are those of the query of each
+// pair: the own row, or the streamed row in this lane's columns.
+template <Owner kOwner, int kTiles>
+__device__ __forceinline__ void softmax_backward(float (&scores)[kTiles][4],
+                                                 float (&dweights)[kTiles][4],
+                                                 const RowStats (&own_stats)[2],
+                                                 const RowStats* streamed_stats_smem,
+                                                 float scale_log2) {
+  const int column = lane_index() % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const RowStats stats =
+          kOwner == Owner::queries ? own_stats[j / 2] : streamed_stats_smem[i * 8 + column + j % 2];
+      scores[i][j] = exp2f(scores[i][j] * scale_log2 - stats.lse_log2);
+      dweights[i][j] = scores[i][j] * (dweights[i][j] - stats.delta);
+    }
+  }
+}
+
+// Leaves a gradient in shared memory, added to what the tile holds if it accumulates.
+template <class T, class Tile, int kTiles>
+__device__ __forceinline__ void write_gradient(Tile& gradient_smem,
+                                               const float (&gradient)[kTiles][4], float factor,
+                                               bool accumulate) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      auto* pair_smem =
+          reinterpret_cast<uint32_t*>(gradient_smem.at(own_row(half), i)) + lane_index() % 4;
+      float2 pair = {gradient[i][2 * half] * factor, gradient[i][2 * half + 1] * factor};
+      if (accumulate) {
+        const float2 earlier = ptx::unpack<T>(*pair_smem);
+        pair.x += earlier.x;
+        pair.y += earlier.y;
+      }
+      *pair_smem = ptx::pack<T>(pair.x, pair.y);
+    }
+  }
+}
+
+template <class T, int kHeadDim, int kHeadDimV, Owner kOwner>
+__global__ void __launch_bounds__(Config<T, kHeadDim, kHeadDimV, kOwner>::kThreads,
+                                  Config<T, kHeadDim, kHeadDimV, kOwner>::kLeastCtas)
+    backward_kernel(const __grid_constant__ BackwardParams params) {
+  using Config = Config<T, kHeadDim, kHeadDimV, kOwner>;
+  constexpr int kThreads = Config::kThreads, kStages = Config::kStages;
+  constexpr bool kOwnsQueries = kOwner == Owner::queries;
+  extern __shared__ char shared_memory[];
+  auto& smem = *reinterpret_cast<typename Config::SharedMemory*>(shared_memory);
+
+  // Which rows, and the query heads that go with them: one, or the group of a kv head.
+  const Branch& branch = params.branch;
+  const int group_heads = params.heads / params.kv_heads;
+  const int owned_heads = kOwnsQueries ? params.head_count : params.head_count / group_heads;
+  const QueryTile own = QueryTile::of(blockIdx.x, branch.queries, Config::kTileOwn, owned_heads);
+  if (own.rows == 0) return;
+  const int first_head = params.first_head + (kOwnsQueries ? own.head : own.head * group_heads);
+  const int end_head = first_head + (kOwnsQueries ? 1 : group_heads);
+  const int kv_head = first_head / group_heads;
+  const auto stats_gmem = [&](int head) {
+    return params.stats + (static_cast<int64_t>(own.batch) * params.heads + head) * params.seq_q;
+  };
+
+  const auto load_own = [&](auto& tile_smem, const TensorView& tensor, int head, int head_dim) {
+    load_tile<kThreads>(tile_smem, head_gmem<const T>(tensor, own.batch, head), tensor.row_stride,
+                        branch.queries, own.group, own.first_row, own.first_row + own.rows,
+                        head_dim);
+  };
+  const auto load_streamed = [&](int head, const KeyTile& tile, int stage) {
+    const SequenceView& view = branch.segments[tile.segment].keys;
+    const auto load = [&](auto& tile_smem, const TensorView& tensor, int head, int head_dim) {
+      load_tile<kThreads>(tile_smem, head_gmem<const T>(tensor, own.batch, head), tensor.row_stride,
+                          view, own.group, tile.first_row, tile.end_row, head_dim);
+    };
+    load(smem.streamed[stage], kOwnsQueries ? params.k : params.q, kOwnsQueries ? kv_head : head,
+         params.head_dim);
+    load(smem.streamed_v[stage], kOwnsQueries ? params.v : params.dout,
+         kOwnsQueries ? kv_head : head, params.head_dim_v);
+    if constexpr (!kOwnsQueries) {
+      for (int row = threadIdx.x; row < Config::kTileStreamed; row += kThreads) {
+        const bool exists = tile.first_row + row < tile.end_row;
+        const int token = exists ? view.position(own.group, tile.first_row + row) : 0;
+        ptx::cp_async_8(&smem.stats[stage][row], stats_gmem(head) + token, exists);
+      }
+    }
+  };
+
+  // This lane's two rows; the last row stands in for rows that do not exist.
+  int token[2];
+  RowStats own_stats[2] = {};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    token[half] =
+        branch.queries.position(own.group, own.first_row + least(own_row(half), own.rows - 1));
+    if constexpr (kOwnsQueries) own_stats[half] = stats_gmem(first_head)[token[half]];
+  }
+
+  const KeyTiles tiles(branch, own, Config::kTileStreamed);
+  KeyTile tile = tiles.first();
+  int head = first_head;
+  load_own(smem.own, kOwnsQueries ? params.q : params.k, kOwnsQueries ? head : kv_head,
+           params.head_dim);
+  load_own(smem.own_v, kOwnsQueries ? params.dout : params.v, kOwnsQueries ? head : kv_head,
+           params.head_dim_v);
+  if (tiles.valid(tile)) load_streamed(head, tile, 0);
+  ptx::cp_async_commit();
+
+  float gradient[kHeadDim / 8][4] = {};     // dq or dk, over scale
+  float gradient_v[kHeadDimV / 8][4] = {};  // dv
+  Attended attended;
+  for (int stage = 0; tiles.valid(tile); stage = (stage + 1) % kStages) {
+    // The tiles of a head, then those of the next one.
+    KeyTile next = tiles.next(tile);
+    int next_head = head;
+    if (!tiles.valid(next) && ++next_head < end_head) next = tiles.first();
+    if (tiles.valid(next)) load_streamed(next_head, next, (stage + 1) % kStages);
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<1>();
+    __syncthreads();
+
+    float scores[Config::kTileStreamed / 8][4], dweights[Config::kTileStreamed / 8][4];
+    product_transposed<T>(scores, smem.own, smem.streamed[stage]);
+    product_transposed<T>(dweights, smem.own_v, smem.streamed_v[stage]);
+    softmax_backward<kOwner>(scores, dweights, own_stats, smem.stats[stage], params.scale * kLog2E);
+    if (tile.masked) {
+      attended.update(branch, tile.segment, own.group, token);
+      fill_masked(scores, tile.first_row, attended, 0.f);
+      fill_masked(dweights, tile.first_row, attended, 0.f);
+    }
+    if constexpr (!kOwnsQueries) multiply<T>(gradient_v, scores, smem.streamed_v[stage]);
+    multiply<T>(gradient, dweights, smem.streamed[stage]);
+    __syncthreads();  // the next copy overwrites this stage
+    tile = next;
+    head = next_head;
+  }
+
+  // The gradients take the place of the own rows.
+  const TensorView& target = kOwnsQueries ? params.dq : params.dk;
+  const int target_head = kOwnsQueries ? first_head : kv_head;
+  ptx::cp_async_wait<0>();
+  __syncthreads();
+  if (params.accumulate) {
+    load_own(smem.own, target, target_head, params.head_dim);
+    if constexpr (!kOwnsQueries) load_own(smem.own_v, params.dv, kv_head, params.head_dim_v);
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+  }
+  write_gradient<T>(smem.own, gradient, params.scale, params.accumulate);
+  if constexpr (!kOwnsQueries) write_gradient<T>(smem.own_v, gradient_v, 1.f, params.accumulate);
+  __syncthreads();
+  store_tile<kThreads>(smem.own, head_gmem<T>(target, own.batch, target_head), target.row_stride,
+                       branch.queries, own, params.head_dim);
+  if constexpr (!kOwnsQueries) {
+    store_tile<kThreads>(smem.own_v, head_gmem<T>(params.dv, own.batch, kv_head),
+                         params.dv.row_stride, branch.queries, own, params.head_dim_v);
+  }
+}
+
+}  // namespace sparse_attn::sm80::backward

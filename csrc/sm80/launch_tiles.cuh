@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "check.h"
+
+namespace sparse_attn::sm80 {
+
+// One CTA for each tile, with the shared memory of the kernel's Config.
+template <class Config, class Params>
+void launch_tiles(void (*kernel)(Params), const Params& params, int64_t tiles) {
+  // grid.x: y and z stop at 65,535.
+  REQUIRE(tiles <= 0x7fffffff, "more than 2^31 - 1 tiles in one launch");
+  constexpr int kBytes = sizeof(typename Config::SharedMemory);
+  if constexpr (kBytes > 48 * 1024) {  // more than a CTA gets unasked
+    CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+  }
+  kernel<<<static_cast<unsigned>(tiles), Config::kThreads, kBytes,
+           static_cast<cudaStream_t>(params.stream)>>>(params);
+  CHECK_CUDA(cudaGetLastError());
+}
+
+}  // namespace sparse_attn::sm80
