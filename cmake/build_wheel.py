@@ -8,6 +8,7 @@ Fails on compiler warnings and on kernels that spill registers.
 
 import os
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -69,11 +70,11 @@ def parse_ptxas(lines: list[str]) -> list[Kernel]:
 def demangle(names: list[str]) -> list[str]:
     try:
         result = subprocess.run(
-            ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
+            ["c++filt", "-p"], input="\n".join(names), capture_output=True, text=True, check=True
         )
     except FileNotFoundError:
         return names
-    return [re.sub(r"^void |\(.*\)$", "", name) for name in result.stdout.splitlines()]
+    return [name.removeprefix("void ") for name in result.stdout.splitlines()]
 
 
 def main() -> int:
@@ -96,6 +97,8 @@ def main() -> int:
     for wheel in outdir.glob("*.whl"):
         print(f"wheel          {wheel.name}, {wheel.stat().st_size / 2**20:.2f} MiB")
         print(f"build time     {seconds:.0f} s from configure to link, downloads aside")
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        print(f"CPU time       {usage.ru_utime + usage.ru_stime:.0f} s in all")
 
     if not kernels and sys.platform == "linux":
         errors.append("no kernel was compiled")

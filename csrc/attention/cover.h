@@ -19,7 +19,7 @@ inline std::vector<uint8_t> cover(const std::vector<Branch>& branches, int lengt
     for (int64_t index = 0; index < tiles; ++index) {
       const QueryTile queries = QueryTile::of(index, branch.queries, tile_queries, 1);
       if (queries.rows == 0) continue;
-      const KeyTiles walk(branch, queries, tile_keys);
+      KeyTiles walk(branch, queries, tile_keys);
       for (KeyTile tile = walk.first(); walk.valid(tile); tile = walk.next(tile)) {
         const Segment& segment = branch.segments[tile.segment];
         for (int row = queries.first_row; row < queries.first_row + queries.rows; ++row) {

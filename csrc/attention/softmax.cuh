@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The softmax of a row whose scores come tile by tile.
+// The softmax of rows whose scores come tile by tile.
 #pragma once
 
-#include <cuda_runtime.h>
+#include "attention/register_tile.cuh"
+#include "ptx/exp2.cuh"
 
 namespace sparse_attn {
 
@@ -14,7 +15,7 @@ __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff80
 // x, or 0 in place of minus infinity: keeps (-inf) - (-inf) out of the exponent of an empty row.
 __device__ __forceinline__ float finite(float x) { return x == minus_infinity() ? 0.f : x; }
 
-// The four lanes that hold a row of an mma accumulator agree on its greatest value, or its sum.
+// The four lanes that hold a row agree on its greatest value, or its sum.
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
   return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
@@ -25,36 +26,40 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
 
-// Rows lane/4 and lane/4 + 8 of a warp's 16. Scores are in units of log 2.
+// The rows of a register tile. Maxima are in units of log 2, as `scores * scale_log2`.
+template <int kLaneRows>
 struct OnlineSoftmax {
-  float row_max[2] = {minus_infinity(), minus_infinity()};
-  float row_sum[2] = {0.f, 0.f};  // of this lane's columns
+  float row_max[kLaneRows];
+  float row_sum[kLaneRows];  // of this lane's columns
 
-  // Turns scores into weights exp2(score - max); returns what earlier sums and outputs shrink by.
-  template <int kTiles>
-  __device__ __forceinline__ float2 update(float (&scores)[kTiles][4]) {
-    float shrink[2];
+  __device__ __forceinline__ OnlineSoftmax() {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float tile_max = row_max[half];
+    for (int i = 0; i < kLaneRows; ++i) row_max[i] = minus_infinity(), row_sum[i] = 0.f;
+  }
+
+  // Turns scores into weights exp2(score * scale_log2 - max), and tells by which factors earlier
+  // sums and outputs shrink. scale_log2 must be positive: the greatest score then has the greatest
+  // product.
+  template <class Tile>
+  __device__ __forceinline__ void update(Tile& scores, float scale_log2,
+                                         float (&shrink)[kLaneRows]) {
+    float tile_max[kLaneRows], offset[kLaneRows];
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-        tile_max = fmaxf(tile_max, fmaxf(scores[i][2 * half], scores[i][2 * half + 1]));
-      }
-      tile_max = quad_max(tile_max);
-      shrink[half] = exp2f(row_max[half] - finite(tile_max));
-      row_max[half] = tile_max;
-      row_sum[half] *= shrink[half];
+    for (int i = 0; i < kLaneRows; ++i) tile_max[i] = minus_infinity();
+    scores.for_each(
+        [&](float& score, int row, int) { tile_max[row] = fmaxf(tile_max[row], score); });
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-        for (int j = 2 * half; j < 2 * half + 2; ++j) {
-          scores[i][j] = exp2f(scores[i][j] - finite(tile_max));
-          row_sum[half] += scores[i][j];
-        }
-      }
+    for (int i = 0; i < kLaneRows; ++i) {
+      const float new_max = fmaxf(row_max[i], quad_max(tile_max[i]) * scale_log2);
+      offset[i] = finite(new_max);
+      shrink[i] = ptx::exp2(row_max[i] - offset[i]);
+      row_max[i] = new_max;
+      row_sum[i] *= shrink[i];
     }
-    return {shrink[0], shrink[1]};
+    scores.for_each([&](float& score, int row, int) {
+      score = ptx::exp2(score * scale_log2 - offset[row]);
+      row_sum[row] += score;
+    });
   }
 };
 

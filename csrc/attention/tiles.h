@@ -46,41 +46,47 @@ struct KeyTile {
 };
 
 // The key tiles of a query tile, segment by segment, each segment from its first attended row.
-struct KeyTiles {
-  const Branch& branch;
-  const int group;
-  const int first_token;  // of the query tile
-  const int last_token;
-  const int tile_rows;
-
+class KeyTiles {
+ public:
   HOST_DEVICE KeyTiles(const Branch& branch, const QueryTile& tile, int tile_rows)
-      : branch(branch),
-        group(tile.group),
-        first_token(branch.queries.position(tile.group, tile.first_row)),
-        last_token(branch.queries.position(tile.group, tile.first_row + tile.rows - 1)),
-        tile_rows(tile_rows) {}
+      : branch_(branch),
+        group_(tile.group),
+        first_token_(branch.queries.position(tile.group, tile.first_row)),
+        last_token_(branch.queries.position(tile.group, tile.first_row + tile.rows - 1)),
+        tile_rows_(tile_rows) {}
 
-  HOST_DEVICE KeyTile first() const { return next({-1, 0, 0, false}); }
+  HOST_DEVICE bool valid(const KeyTile& tile) const { return tile.segment < branch_.segment_count; }
 
-  HOST_DEVICE bool valid(const KeyTile& tile) const { return tile.segment < branch.segment_count; }
-
-  HOST_DEVICE KeyTile next(KeyTile tile) const {
-    int row = tile.end_row;
-    for (int segment = tile.segment; segment < branch.segment_count; ++segment) {
-      if (segment >= 0) {
-        // The ends of an interval grow with the token, so the first and last query bound them all.
-        const Interval of_first = branch.segments[segment].bounds(branch.run, group, first_token);
-        const Interval of_last = branch.segments[segment].bounds(branch.run, group, last_token);
-        if (segment != tile.segment) row = of_first.first;
-        if (row < of_last.end) {
-          const int end = least(row + tile_rows, of_last.end);
-          const bool masked = row < of_last.first || end > of_first.end || end < row + tile_rows;
-          return {segment, row, end, masked};
-        }
-      }
-    }
-    return {branch.segment_count, 0, 0, false};
+  HOST_DEVICE KeyTile first() {
+    of_first_ = of_last_ = {0, 0};
+    return next({-1, 0, 0, false});
   }
+
+  // The tile after the one that was returned last.
+  HOST_DEVICE KeyTile next(KeyTile tile) {
+    tile.first_row = tile.end_row;
+    while (tile.first_row >= of_last_.end && ++tile.segment < branch_.segment_count) {
+      const Segment& segment = branch_.segments[tile.segment];
+      of_first_ = segment.bounds(branch_.run, group_, first_token_);
+      of_last_ = segment.bounds(branch_.run, group_, last_token_);
+      tile.first_row = of_first_.first;
+    }
+    tile.end_row = least(tile.first_row + tile_rows_, of_last_.end);
+    tile.masked = tile.first_row < of_last_.first || tile.end_row > of_first_.end ||
+                  tile.end_row < tile.first_row + tile_rows_;
+    return tile;
+  }
+
+ private:
+  const Branch& branch_;
+  const int group_;
+  const int first_token_;
+  const int last_token_;
+  const int tile_rows_;
+  // Key rows that the first and the last query attend in the segment of the last tile. Both ends
+  // grow with the query, so they bound what the queries between attend.
+  Interval of_first_{0, 0};
+  Interval of_last_{0, 0};
 };
 
 }  // namespace sparse_attn

@@ -1,6 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
 # The native module (csrc/bindings.cpp). ``cover`` counts, for branches of one plan, how often each
-# (query, key) pair is attended, uint8 (length, length), with the index arithmetic and in the tiles of the
-# kernels; ``backends.cuda.native_plan(pattern, length)`` makes the branches.
+# (query, key) pair is attended, uint8 (length, length), with the index arithmetic and in the tiles
+# of the kernels; ``backends.cuda.native_plan(pattern, length)`` makes the branches.
 
 max_chunks: int
 

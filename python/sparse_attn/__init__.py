@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sparse attention of the Sparse Transformer (Child et al., 2019) for PyTorch.
 
 >>> import torch, sparse_attn as sa
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from .functional import attention, which_backend
 from .merge import merge
+from .model import SparseTransformer, SparseTransformerConfig, presets
 from .nn import SelfAttention
 from .patterns import (
     Chunk,
@@ -35,10 +37,13 @@ __all__ = [
     "Pattern",
     "PerHead",
     "SelfAttention",
+    "SparseTransformer",
+    "SparseTransformerConfig",
     "Strided",
     "Summary",
     "attention",
     "merge",
     "parse_pattern",
+    "presets",
     "which_backend",
 ]

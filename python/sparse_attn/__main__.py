@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m sparse_attn``: what is installed, what it can use here, and a self-test."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The operators ``torch.ops.sparse_attn.forward`` and ``.backward``, differentiable and traceable.
 
 A pattern travels as its ``spec``, without the sequence length, so that ``torch.compile`` with a

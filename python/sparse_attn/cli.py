@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The `sparse-attn` command: demo, train, sample, plot."""
 
 from __future__ import annotations

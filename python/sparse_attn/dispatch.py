@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which backend runs a call: the one place that decides."""
 
 from __future__ import annotations

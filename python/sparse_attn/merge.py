@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Merging partial attention outputs by log-sum-exp."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What attends to what: the pattern algebra of the Sparse Transformer.
 
 Child et al., 2019, section 4. A pattern is a set of pairs (query i, key j) of 0-based token

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The plan: attention over intervals, read through strided views of the sequence.
 
 A pattern looks irregular in token order and dense in another order. ``plan(pattern, n)`` lists, for

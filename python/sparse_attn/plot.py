@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures: patterns, the paper's figure 3, loss curves and learned attention.
 
 Every function returns a `matplotlib.figure.Figure` and touches no global state; save it with

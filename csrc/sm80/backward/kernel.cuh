@@ -8,65 +8,34 @@
 // order. README.md in this folder has the formulas and the counts.
 #pragma once
 
+#include "attention/softmax.cuh"
 #include "sm80/backward/config.h"
 #include "sm80/tile_ops.cuh"
 
 namespace sparse_attn::sm80::backward {
 
-// product (16, rows) = own (16, columns) streamed^T.
-template <class T, class OwnTile, class StreamedTile, int kTiles>
-__device__ __forceinline__ void product_transposed(float (&product)[kTiles][4], OwnTile& own_smem,
-                                                   StreamedTile& streamed_smem) {
-#pragma unroll
-  for (int i = 0; i < kTiles; ++i)
-    product[i][0] = product[i][1] = product[i][2] = product[i][3] = 0;
-#pragma unroll
-  for (int step = 0; step < OwnTile::kColumns / 16; ++step) {
-    uint32_t own_reg[4];
-    load_fragment(own_reg, own_smem, step);
-    multiply_transposed<T>(product, own_reg, streamed_smem, step);
-  }
-}
-
 // Scores to weights, dweights to dscores / scale. The statistics are those of the query of each
-// pair: the own row, or the streamed row in this lane's columns.
-template <Owner kOwner, int kTiles>
-__device__ __forceinline__ void softmax_backward(float (&scores)[kTiles][4],
-                                                 float (&dweights)[kTiles][4],
-                                                 const RowStats (&own_stats)[2],
+// pair: the own row, or the streamed row of the column.
+template <Owner kOwner, class Scores>
+__device__ __forceinline__ void softmax_backward(Scores& scores, Scores& dweights,
+                                                 const RowStats (&own_stats)[Scores::kLaneRows],
                                                  const RowStats* streamed_stats_smem,
                                                  float scale_log2) {
-  const int column = lane_index() % 4 * 2;
+  scores.for_each([&](float& score, int row, int column) {
+    const RowStats& stats = kOwner == Owner::queries ? own_stats[row] : streamed_stats_smem[column];
+    score = ptx::exp2(score * scale_log2 - stats.lse_log2);
+  });
 #pragma unroll
-  for (int i = 0; i < kTiles; ++i) {
+  for (int i = 0; i < Scores::kRowTiles; ++i) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const RowStats stats =
-          kOwner == Owner::queries ? own_stats[j / 2] : streamed_stats_smem[i * 8 + column + j % 2];
-      scores[i][j] = exp2f(scores[i][j] * scale_log2 - stats.lse_log2);
-      dweights[i][j] = scores[i][j] * (dweights[i][j] - stats.delta);
-    }
-  }
-}
-
-// Leaves a gradient in shared memory, added to what the tile holds if it accumulates.
-template <class T, class Tile, int kTiles>
-__device__ __forceinline__ void write_gradient(Tile& gradient_smem,
-                                               const float (&gradient)[kTiles][4], float factor,
-                                               bool accumulate) {
+    for (int j = 0; j < Scores::kColumnTiles; ++j) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      auto* pair_smem =
-          reinterpret_cast<uint32_t*>(gradient_smem.at(own_row(half), i)) + lane_index() % 4;
-      float2 pair = {gradient[i][2 * half] * factor, gradient[i][2 * half + 1] * factor};
-      if (accumulate) {
-        const float2 earlier = ptx::unpack<T>(*pair_smem);
-        pair.x += earlier.x;
-        pair.y += earlier.y;
+      for (int k = 0; k < 4; ++k) {
+        const int column = j * 8 + lane_index() % 4 * 2 + k % 2;
+        const float delta = kOwner == Owner::queries ? own_stats[2 * i + k / 2].delta
+                                                     : streamed_stats_smem[column].delta;
+        dweights.at[i][j][k] = scores.at[i][j][k] * (dweights.at[i][j][k] - delta);
       }
-      *pair_smem = ptx::pack<T>(pair.x, pair.y);
     }
   }
 }
@@ -77,6 +46,7 @@ __global__ void __launch_bounds__(Config<T, kHeadDim, kHeadDimV, kOwner>::kThrea
     backward_kernel(const __grid_constant__ BackwardParams params) {
   using Config = Config<T, kHeadDim, kHeadDimV, kOwner>;
   constexpr int kThreads = Config::kThreads, kStages = Config::kStages;
+  constexpr int kLaneRows = Config::Gradient::kLaneRows;
   constexpr bool kOwnsQueries = kOwner == Owner::queries;
   extern __shared__ char shared_memory[];
   auto& smem = *reinterpret_cast<typename Config::SharedMemory*>(shared_memory);
@@ -118,17 +88,18 @@ __global__ void __launch_bounds__(Config<T, kHeadDim, kHeadDimV, kOwner>::kThrea
     }
   };
 
-  // This lane's two rows; the last row stands in for rows that do not exist.
-  int token[2];
-  RowStats own_stats[2] = {};
+  // Token of this lane's rows; the last row stands in for rows that do not exist.
+  const auto token = [&](int i) {
+    const int row = warp_index() * Config::kWarpRows + Config::Gradient::row(i);
+    return branch.queries.position(own.group, own.first_row + least(row, own.rows - 1));
+  };
+  RowStats own_stats[kLaneRows] = {};
+  if constexpr (kOwnsQueries) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    token[half] =
-        branch.queries.position(own.group, own.first_row + least(own_row(half), own.rows - 1));
-    if constexpr (kOwnsQueries) own_stats[half] = stats_gmem(first_head)[token[half]];
+    for (int i = 0; i < kLaneRows; ++i) own_stats[i] = stats_gmem(first_head)[token(i)];
   }
 
-  const KeyTiles tiles(branch, own, Config::kTileStreamed);
+  KeyTiles tiles(branch, own, Config::kTileStreamed);
   KeyTile tile = tiles.first();
   int head = first_head;
   load_own(smem.own, kOwnsQueries ? params.q : params.k, kOwnsQueries ? head : kv_head,
@@ -138,9 +109,11 @@ __global__ void __launch_bounds__(Config<T, kHeadDim, kHeadDimV, kOwner>::kThrea
   if (tiles.valid(tile)) load_streamed(head, tile, 0);
   ptx::cp_async_commit();
 
-  float gradient[kHeadDim / 8][4] = {};     // dq or dk, over scale
-  float gradient_v[kHeadDimV / 8][4] = {};  // dv
-  Attended attended;
+  typename Config::Gradient gradient;     // dq or dk, over scale
+  typename Config::GradientV gradient_v;  // dv
+  gradient.clear();
+  gradient_v.clear();
+  Attended<kLaneRows> attended;
   for (int stage = 0; tiles.valid(tile); stage = (stage + 1) % kStages) {
     // The tiles of a head, then those of the next one.
     KeyTile next = tiles.next(tile);
@@ -151,17 +124,17 @@ __global__ void __launch_bounds__(Config<T, kHeadDim, kHeadDimV, kOwner>::kThrea
     ptx::cp_async_wait<1>();
     __syncthreads();
 
-    float scores[Config::kTileStreamed / 8][4], dweights[Config::kTileStreamed / 8][4];
-    product_transposed<T>(scores, smem.own, smem.streamed[stage]);
-    product_transposed<T>(dweights, smem.own_v, smem.streamed_v[stage]);
+    typename Config::Scores scores, dweights;
+    multiply_transposed<T>(scores, smem.own, smem.streamed[stage]);
+    multiply_transposed<T>(dweights, smem.own_v, smem.streamed_v[stage]);
     softmax_backward<kOwner>(scores, dweights, own_stats, smem.stats[stage], params.scale * kLog2E);
     if (tile.masked) {
       attended.update(branch, tile.segment, own.group, token);
-      fill_masked(scores, tile.first_row, attended, 0.f);
-      fill_masked(dweights, tile.first_row, attended, 0.f);
+      attended.fill_others(scores, tile.first_row, 0.f);
+      attended.fill_others(dweights, tile.first_row, 0.f);
     }
-    if constexpr (!kOwnsQueries) multiply<T>(gradient_v, scores, smem.streamed_v[stage]);
-    multiply<T>(gradient, dweights, smem.streamed[stage]);
+    if constexpr (!kOwnsQueries) multiply_add<T>(gradient_v, scores, smem.streamed_v[stage]);
+    multiply_add<T>(gradient, dweights, smem.streamed[stage]);
     __syncthreads();  // the next copy overwrites this stage
     tile = next;
     head = next_head;
@@ -179,8 +152,14 @@ __global__ void __launch_bounds__(Config<T, kHeadDim, kHeadDimV, kOwner>::kThrea
     ptx::cp_async_wait<0>();
     __syncthreads();
   }
-  write_gradient<T>(smem.own, gradient, params.scale, params.accumulate);
-  if constexpr (!kOwnsQueries) write_gradient<T>(smem.own_v, gradient_v, 1.f, params.accumulate);
+  const auto write = [&](auto& own_smem, const auto& tile, float factor) {
+    float factors[kLaneRows], ones[kLaneRows];
+#pragma unroll
+    for (int i = 0; i < kLaneRows; ++i) factors[i] = factor, ones[i] = 1.f;
+    write_rows<T>(own_smem, tile, factors, ones, params.accumulate);
+  };
+  write(smem.own, gradient, params.scale);
+  if constexpr (!kOwnsQueries) write(smem.own_v, gradient_v, 1.f);
   __syncthreads();
   store_tile<kThreads>(smem.own, head_gmem<T>(target, own.batch, target_head), target.row_stride,
                        branch.queries, own, params.head_dim);

@@ -2,6 +2,7 @@
 // Constants and shared memory of the portable forward kernel.
 #pragma once
 
+#include "attention/register_tile.cuh"
 #include "attention/shared_tile.cuh"
 
 namespace sparse_attn::sm80::forward {
@@ -10,25 +11,26 @@ template <class T, int kHeadDim_, int kHeadDimV_>
 struct Config {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
-  static constexpr int kWarps = 4;
-  static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kLeastCtas = 2;  // on a multiprocessor: up to 255 registers, no spills
-  static constexpr int kTileQueries = 16 * kWarps;  // a warp owns 16 queries, the rows of one mma
+  // With 32 queries a warp, a fragment of keys or values, once loaded, serves two mma; 16 where the
+  // output of 32 would not fit the registers.
+  static constexpr int kWarpQueries = kHeadDimV <= 64 ? 32 : 16;
+  static constexpr int kTileQueries = 64;
   static constexpr int kTileKeys = 64;
+  static constexpr int kWarps = kTileQueries / kWarpQueries;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kLeastCtas = 8 / kWarps;  // on a multiprocessor: up to 255 registers a lane
   static constexpr int kStages = 2;  // one key tile is computed while the next one loads
 
-  using QueryTile = SharedTile<T, kTileQueries, kHeadDim>;
-  using OutputTile = SharedTile<T, kTileQueries, kHeadDimV>;
-  using KeyTile = SharedTile<T, kTileKeys, kHeadDim>;
-  using ValueTile = SharedTile<T, kTileKeys, kHeadDimV>;
+  using Scores = RegisterTile<kWarpQueries, kTileKeys>;
+  using Output = RegisterTile<kWarpQueries, kHeadDimV>;
 
   struct SharedMemory {
-    union {  // the queries move to registers before anything is written to the output
-      QueryTile q;
-      OutputTile out;
+    union {  // the output is written when the queries are no longer read
+      SharedTile<T, kTileQueries, kHeadDim> q;
+      SharedTile<T, kTileQueries, kHeadDimV> out;
     };
-    KeyTile k[kStages];
-    ValueTile v[kStages];
+    SharedTile<T, kTileKeys, kHeadDim> k[kStages];
+    SharedTile<T, kTileKeys, kHeadDimV> v[kStages];
   };
   static_assert(sizeof(SharedMemory) <= 99 * 1024,
                 "a CTA has 99 KB on compute capability 8.6, 8.9");

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cuda backend: the native kernels. The only module that imports the extension ``_C``."""
 
 from __future__ import annotations
@@ -37,11 +38,16 @@ def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Patt
     """Why the kernels cannot run these inputs, in words; None if they can."""
     if not q.is_cuda:
         return f"the inputs are on {q.device}, the kernels need a CUDA device"
+    return _no_kernels(q.device) or _no_kernel(q.dtype, q.shape[2], q.shape[3], v.shape[3], pattern)
+
+
+def _no_kernels(device: torch.device) -> str | None:
+    """Why a device has no kernels."""
     try:
-        extension = native()
+        architectures = _architectures()
     except ImportError as error:
         return f"the native module is missing ({error})"
-    if not extension.build_info()["architectures"]:
+    if not architectures:
         return "this build has no CUDA kernels"
     driver = driver_version()
     if driver < _LEAST_DRIVER:
@@ -49,42 +55,44 @@ def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Patt
             f"the driver supports CUDA {driver // 1000}.{driver % 1000 // 10}, "
             "the kernels need 13.0 (driver 580 or newer)"
         )
-    capability = _capability(q.device)
+    capability = _capability(device)
     if capability < _LEAST_CAPABILITY:
         return "the GPU has compute capability {}.{}, the kernels need 8.0".format(*capability)
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"the dtype is {q.dtype}, the kernels take float16 and bfloat16"
-    head_dim, head_dim_v = q.shape[3], v.shape[3]
-    if head_dim % 8 or head_dim_v % 8 or not _fits(head_dim, head_dim_v):
+    return None
+
+
+@lru_cache(maxsize=1024)
+def _no_kernel(
+    dtype: torch.dtype, seq: int, head_dim: int, head_dim_v: int, pattern: Pattern
+) -> str | None:
+    """Why no kernel takes these sizes."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"the dtype is {dtype}, the kernels take float16 and bfloat16"
+    pairs = native().head_dims()
+    fits = any(head_dim <= qk and head_dim_v <= value for qk, value in pairs)
+    if head_dim % 8 or head_dim_v % 8 or not fits:
         return (
             f"head_dim is {head_dim} and head_dim_v {head_dim_v}, "
-            f"the kernels take multiples of 8 within one of {_head_dims()}"
+            f"the kernels take multiples of 8 within one of {pairs}"
         )
-    if q.shape[2] > _MOST_TOKENS:
-        return f"the sequence has {q.shape[2]} tokens, the kernels take {_MOST_TOKENS}"
+    if seq > _MOST_TOKENS:
+        return f"the sequence has {seq} tokens, the kernels take {_MOST_TOKENS}"
     patterns = pattern.patterns if isinstance(pattern, PerHead) else (pattern,)
-    for part in patterns:
-        for branch in plan(part, q.shape[2]) if q.shape[2] else ():
-            if len(branch.run.chunks) > extension.max_chunks:
-                return (
-                    f"a union of {len(branch.run.chunks)} chunk lengths, "
-                    f"the kernels take {extension.max_chunks}"
-                )
+    for part in patterns if seq else ():
+        chunks = max(len(branch.run.chunks) for branch in plan(part, seq))
+        if chunks > native().max_chunks:
+            return f"a union of {chunks} chunk lengths, the kernels take {native().max_chunks}"
     return None
+
+
+@cache
+def _architectures() -> str:
+    return str(native().build_info()["architectures"])
 
 
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
-
-
-@cache
-def _head_dims() -> tuple[tuple[int, int], ...]:
-    return tuple(native().head_dims())
-
-
-def _fits(head_dim: int, head_dim_v: int) -> bool:
-    return any(head_dim <= qk and head_dim_v <= value for qk, value in _head_dims())
 
 
 def forward(

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The reference backend: ``pattern.mask(n)`` and a plain softmax. Slow, and obviously right.
 
 Costs O(n^2) time and memory. With ``rounding`` it is also the yardstick of the tolerance rule:
@@ -36,7 +37,8 @@ def attention(
     def rounded(x: torch.Tensor) -> torch.Tensor:
         return x if rounding is None else x.to(rounding).to(dtype)
 
-    q, k, v = q.to(dtype), per_query_head(k.to(dtype), q), per_query_head(v.to(dtype), q)
+    q = q.to(dtype)
+    k, v = (_seen(per_query_head(x.to(dtype), q), mask) for x in (k, v))
     scores = rounded(rounded(q @ k.mT) * scale).masked_fill(~mask, float("-inf"))
     has_key = mask.any(-1)
     # A row of zeros keeps the softmax of an empty row finite, in both directions.
@@ -79,7 +81,7 @@ def backward(
     dtype = lse.dtype
     mask = pattern.mask(q.shape[2]).to(q.device)
     q_, dout_, out_ = q.to(dtype), dout.to(dtype), out.to(dtype)
-    k_, v_ = per_query_head(k.to(dtype), q), per_query_head(v.to(dtype), q)
+    k_, v_ = (_seen(per_query_head(x.to(dtype), q), mask) for x in (k, v))
     weights = torch.where(mask, torch.exp(q_ @ k_.mT * scale - lse[..., None]), 0.0)
     delta = (dout_ * out_).sum(-1)
     if dlse is not None:
@@ -89,6 +91,11 @@ def backward(
     dq.copy_(dscores @ k_)
     dk.copy_((dscores.mT @ q_).unflatten(1, (k.shape[1], -1)).sum(2))
     dv.copy_((weights.mT @ dout_).unflatten(1, (k.shape[1], -1)).sum(2))
+
+
+def _seen(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Keys or values, 0 where no query looks: such memory may hold NaN, and 0 * NaN is NaN."""
+    return x.masked_fill(~mask.any(-2)[..., None], 0.0)
 
 
 def per_query_head(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The torch backend: the branches of the plan in PyTorch operations, on any device.
 
 O(n * keys per query) time and O(n * head_dim) memory: queries are taken in blocks, and the backward

@@ -42,6 +42,7 @@ class TrainingConfig:
     weight_decay: float = 0.01
     clip: float = 1.0
     betas: tuple[float, float] = (0.9, 0.99)
+    logits_std: float = 0.0  # of the logits' first weights: the paper's 0 wants a long warm-up
     precision: str = "fp32"  # "fp32" | "fp16" | "bf16"
     seed: int = 0
 
@@ -49,7 +50,7 @@ class TrainingConfig:
         for name in ("steps", "batch", "learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, wanted more than 0")
-        for name in ("warmup", "weight_decay", "seed"):
+        for name in ("warmup", "weight_decay", "logits_std", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, wanted 0 or more")
         if self.precision not in PRECISIONS:
@@ -105,7 +106,10 @@ class Trainer:
         self.corpus = corpus
         self.device = torch.device(device)
         torch.manual_seed(training.seed)
-        self.model = SparseTransformer(model_config).to(self.device)
+        model = SparseTransformer(model_config)
+        if training.logits_std:
+            nn.init.normal_(model.logits.weight, std=training.logits_std)
+        self.model = model.to(self.device)
         self.optimiser = _adam(self.model, training)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.precision == "fp16")
         self.text = np.frombuffer(corpus.train, dtype=np.uint8)

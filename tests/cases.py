@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Test cases in which every pair of values appears, and the tensors of a case."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations
+from typing import Any
+
+import torch
+
+import oracle
+from oracle import Member, Members
+
+# kind -> members of one head from (size, columns, offset, head); 'other' is a second size.
+Build = Callable[[int, int, int, int], tuple[Member, ...]]
+
+
+def shorter(size: int) -> int:
+    return max(1, 2 * size // 3)
+
+
+def longer(size: int) -> int:
+    return size + size // 2 + 1
+
+
+def _per_head_fixed(size: int, columns: int, offset: int, head: int) -> Members:
+    if head % 2 == 0:
+        return (("chunk", size),)
+    return (("summary", size, columns, (offset + head * columns) % (size - columns + 1)),)
+
+
+def _per_head_mixed(size: int, columns: int, offset: int, head: int) -> Members:
+    summary = ("summary", size, columns, offset)
+    return [
+        (("local", size), ("dilated", size)),
+        (("local", shorter(size)), summary),
+        (("dense",),),
+        (("chunk", longer(size)), ("local", shorter(size)), summary),
+    ][head % 4]
+
+
+# Which factors a kind has beside those that all have.
+SIZE, COLUMNS = ("size",), ("size", "columns", "offset")
+KINDS: dict[str, tuple[tuple[str, ...], Build]] = {
+    "dense": ((), lambda s, c, o, h: (("dense",),)),
+    "local": (SIZE, lambda s, c, o, h: (("local", s),)),
+    "chunk": (SIZE, lambda s, c, o, h: (("chunk", s),)),
+    "dilated": (SIZE, lambda s, c, o, h: (("dilated", s),)),
+    "summary": (COLUMNS, lambda s, c, o, h: (("summary", s, c, o),)),
+    "strided": (SIZE, lambda s, c, o, h: (("local", s), ("dilated", s))),
+    "fixed": (COLUMNS, lambda s, c, o, h: (("chunk", s), ("summary", s, c, o))),
+    "dense+dilated": (SIZE, lambda s, c, o, h: (("dense",), ("dilated", s))),
+    "dense+summary": (COLUMNS, lambda s, c, o, h: (("dense",), ("summary", s, c, o))),
+    "local+chunk": (SIZE, lambda s, c, o, h: (("local", s), ("chunk", longer(s)))),
+    "local+local": (SIZE, lambda s, c, o, h: (("local", s), ("local", shorter(s)))),
+    "chunk+chunk": (SIZE, lambda s, c, o, h: (("chunk", s), ("chunk", longer(s)))),
+    "local+dilated": (SIZE, lambda s, c, o, h: (("local", longer(s)), ("dilated", s))),
+    "chunk+dilated": (SIZE, lambda s, c, o, h: (("chunk", shorter(s)), ("dilated", s))),
+    "local+summary": (COLUMNS, lambda s, c, o, h: (("local", shorter(s)), ("summary", s, c, o))),
+    "chunk+summary": (COLUMNS, lambda s, c, o, h: (("chunk", longer(s)), ("summary", s, c, o))),
+    "local+chunk+dilated": (
+        SIZE,
+        lambda s, c, o, h: (("local", shorter(s)), ("chunk", s), ("dilated", longer(s))),
+    ),
+    "local+chunk+summary": (
+        COLUMNS,
+        lambda s, c, o, h: (("local", longer(s)), ("chunk", shorter(s)), ("summary", s, c, o)),
+    ),
+    "heads:local,dilated": (SIZE, lambda s, c, o, h: (("dilated" if h % 2 else "local", s),)),
+    "heads:chunk,summary": (COLUMNS, _per_head_fixed),
+    "heads:mixed": (COLUMNS, _per_head_mixed),
+}
+
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "kind": tuple(KINDS),
+    "n": (1, 2, 17, 63, 64, 65, 127, 128, 129, 257, 1000, 4097),
+    "size": ("1", "3", "16", "64", "96", "128", "n-1", "n", "n+5"),
+    "columns": ("1", "quarter", "all-1", "all"),
+    "offset": ("default", "0", "middle"),
+    "causal": (True, False),
+    "heads": ((1, 1), (3, 3), (4, 2), (4, 1)),
+    "head_dims": (
+        (8, 8),
+        (32, 32),
+        (64, 64),
+        (72, 72),
+        (96, 96),
+        (128, 128),
+        (256, 256),
+        (64, 128),
+        (128, 64),
+        (9, 5),
+    ),
+    "layout": ("head-major", "seq-major", "sliced", "misaligned", "dim-strided"),
+    "dtype": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+}
+DTYPE_NAMES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One combination; size, columns and offset are None where the kind has none."""
+
+    kind: str
+    n: int
+    size: str | None
+    columns: str | None
+    offset: str | None
+    causal: bool
+    heads: tuple[int, int]  # heads, kv_heads
+    head_dims: tuple[int, int]  # head_dim, head_dim_v
+    layout: str
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        sizes = [] if self.size is None else [f"size({self.size})"]
+        if self.columns is not None:
+            sizes.append(f"columns({self.columns},{self.offset})")
+        heads, kv_heads = self.heads
+        head_dim, head_dim_v = self.head_dims
+        words = [self.kind, f"n{self.n}", *sizes, "causal" if self.causal else "both"]
+        words += [f"h{heads}kv{kv_heads}", f"d{head_dim}v{head_dim_v}"]
+        return "-".join([*words, self.layout, DTYPE_NAMES[self.dtype]])
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """(size, columns, offset) as numbers."""
+        n = self.n
+        in_n = {"n-1": n - 1, "n": n, "n+5": n + 5, None: 1}
+        size = max(1, in_n[self.size] if self.size in in_n else int(self.size or 1))
+        columns = {"quarter": size // 4, "all-1": size - 1, "all": size}.get(self.columns or "1", 1)
+        columns = max(1, columns)
+        offset = {"0": 0, "middle": (size - columns) // 2}.get(
+            self.offset or "default", size - columns
+        )
+        return size, columns, offset
+
+    @property
+    def head_members(self) -> tuple[Members, ...]:
+        """The members of each query head's pattern, for the oracle."""
+        return tuple(KINDS[self.kind][1](*self.sizes, head) for head in range(self.heads[0]))
+
+    @property
+    def masks(self) -> list[torch.Tensor]:
+        return oracle.masks(self.head_members, self.causal, self.n)
+
+    @property
+    def per_head(self) -> bool:
+        return self.kind.startswith("heads:")
+
+    @property
+    def pattern(self) -> Any:
+        """The same as a sparse_attn pattern, Strided and Fixed by their own names."""
+        import sparse_attn as sa
+
+        if self.per_head:
+            return sa.PerHead([to_pattern(members, self.causal) for members in self.head_members])
+        size, columns, offset = self.sizes
+        if self.kind == "strided":
+            return sa.Strided(size, causal=self.causal)
+        if self.kind == "fixed":
+            if self.offset == "default":
+                return sa.Fixed(size, columns, causal=self.causal)
+            return sa.Fixed(size, columns, offset, causal=self.causal)
+        return to_pattern(self.head_members[0], self.causal)
+
+    @property
+    def batch(self) -> int:
+        """Enough rows that the largest rounding error of a small case is not a matter of luck."""
+        rows = 4096 if self.dtype == torch.float32 else 256
+        return 1 if self.n >= 1000 else max(2, math.ceil(rows / (self.n * self.heads[0])))
+
+
+def to_pattern(members: Members, causal: bool) -> Any:
+    """The union of the members as a sparse_attn pattern."""
+    import sparse_attn as sa
+
+    constructors: dict[str, Callable[..., Any]] = {
+        "dense": sa.Dense,
+        "local": sa.Local,
+        "chunk": sa.Chunk,
+        "dilated": sa.Dilated,
+        "summary": sa.Summary,
+    }
+    first, *others = (constructors[kind](*sizes, causal=causal) for kind, *sizes in members)
+    for other in others:
+        first = first | other
+    return first
+
+
+# Every pair of values.
+
+
+def has_factor(kind: str, factor: str) -> bool:
+    return factor not in COLUMNS or factor in KINDS[kind][0]
+
+
+def required_pairs() -> Iterator[tuple[tuple[str, Any], tuple[str, Any]]]:
+    """Every two values that some case can hold together."""
+    for (f, f_values), (g, g_values) in combinations(FACTORS.items(), 2):
+        for a in f_values:
+            for b in g_values:
+                if f != "kind" or has_factor(a, g):
+                    yield (f, a), (g, b)
+
+
+def pairs_of(values: dict[str, Any]) -> set[tuple[tuple[str, Any], tuple[str, Any]]]:
+    """The pairs of a complete or partial assignment, in the order of FACTORS."""
+    held = [(f, values[f]) for f in FACTORS if values.get(f) is not None]
+    return set(combinations(held, 2))
+
+
+@lru_cache(maxsize=1)
+def all_pairs_cases() -> tuple[Case, ...]:
+    """A greedy cover: take the first missing pair, fill the rest with what covers most."""
+    missing = dict.fromkeys(required_pairs())
+    used: Counter[tuple[int, str, Any]] = Counter()  # at this n
+    cases = []
+    while missing:
+        values: dict[str, Any] = dict(next(iter(missing)))
+        for factor, choices in FACTORS.items():
+            if factor in values:
+                continue
+            if factor == "kind":
+                choices = tuple(k for k in choices if all(has_factor(k, f) for f in values))
+            elif not has_factor(values["kind"], factor):
+                values[factor] = None
+                continue
+
+            def worth(choice: Any, factor: str = factor) -> tuple[int, int, int]:
+                covers = sum(pair in missing for pair in pairs_of({**values, factor: choice}))
+                one_head = choice == (1, 1) and values["kind"].startswith("heads:")
+                costly = values.get("n", 0) >= 1000 and factor in ("heads", "head_dims")
+                return (
+                    covers,
+                    -1000 if one_head else -sum(choice) if costly else 0,
+                    -used[values.get("n", 0), factor, choice],
+                )
+
+            values[factor] = max(choices, key=worth)
+        for pair in pairs_of(values):
+            missing.pop(pair, None)
+        used.update((values["n"], factor, value) for factor, value in values.items())
+        cases.append(Case(**{factor: values[factor] for factor in FACTORS}))
+    return tuple(sorted(cases, key=lambda case: (case.n, case.kind)))
+
+
+# Tensors.
+
+
+def make_tensor(
+    shape: Sequence[int],
+    layout: str,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    device: str | torch.device = "cpu",
+    around: float = math.nan,
+) -> torch.Tensor:
+    """Standard normal values (batch, heads, seq, dim) in a layout; ``around`` fills the neighbours."""
+    batch, heads, seq, dim = shape
+    values = torch.randn(batch, heads, seq, dim, generator=generator, dtype=torch.float32)
+    values = values.to(device=device, dtype=dtype)
+
+    def filled(*sizes: int) -> torch.Tensor:
+        return torch.full(sizes, around, dtype=dtype, device=device)
+
+    if layout == "head-major":
+        view = filled(batch, heads, seq, dim)
+    elif layout == "seq-major":
+        view = filled(batch, seq, heads, dim).transpose(1, 2)
+    elif layout == "sliced":
+        view = filled(batch + 1, heads + 2, seq + 5, dim + 16)[1:, 1:-1, 3:-2, 8:-8]
+    elif layout == "misaligned":
+        view = filled(batch, heads, seq, dim + 2)[..., 1 : dim + 1]
+    elif layout == "dim-strided":
+        view = filled(batch, heads, dim, seq + 1)[..., 1:].transpose(-1, -2)
+    else:
+        raise AssertionError(f"no layout {layout!r}")
+    return view.copy_(values)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Leaf tensors of one call and the gradients that come in."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    dout: torch.Tensor
+    dlse: torch.Tensor
+
+
+def make_inputs(
+    case: Case,
+    seed: int,
+    device: str | torch.device = "cpu",
+    around: float = math.nan,
+) -> Inputs:
+    """Fresh inputs of a case; the same values for the same seed whatever the layout."""
+    generator = torch.Generator().manual_seed(seed)
+    heads, kv_heads = case.heads
+    head_dim, head_dim_v = case.head_dims
+
+    def tensor(heads: int, dim: int) -> torch.Tensor:
+        shape = (case.batch, heads, case.n, dim)
+        return make_tensor(shape, case.layout, case.dtype, generator, device, around)
+
+    q, k, v = tensor(heads, head_dim), tensor(kv_heads, head_dim), tensor(kv_heads, head_dim_v)
+    dout = tensor(heads, head_dim_v)
+    lse_dtype = torch.float64 if case.dtype == torch.float64 else torch.float32
+    dlse = torch.randn(case.batch, heads, case.n, generator=generator, dtype=lse_dtype)
+    return Inputs(q, k, v, dout, dlse.to(device))

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Brute force: masks from the set definitions over (i, j), attention from the masks.
+
+Nothing here uses sparse_attn. A pattern is a list of members such as ("local", 16) or
+("summary", 64, 8, 56); a union of members is the union of their key sets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+Member = tuple[Any, ...]
+Members = tuple[Member, ...]
+
+ROWS_AT_ONCE = 512
+ORDERS = 8
+TERMS_IN_ORDER = 1 << 25
+
+
+def attends(member: Member, causal: bool, i: Any, j: Any) -> Any:
+    """Whether query i sees key j; i and j are integers, or integer arrays that broadcast."""
+    kind, sizes = member[0], member[1:]
+    if kind == "dense":
+        seen = (i >= 0) & (j >= 0)
+    elif kind == "local":
+        (window,) = sizes
+        seen = (i - window < j) & (j < i + window)
+    elif kind == "chunk":
+        (length,) = sizes
+        seen = i // length == j // length
+    elif kind == "dilated":
+        (stride,) = sizes
+        seen = (i - j) % stride == 0
+    elif kind == "summary":
+        length, columns, offset = sizes
+        seen = (offset <= j % length) & (j % length < offset + columns) & (i >= 0)
+    else:
+        raise AssertionError(f"no member kind {kind!r}")
+    return seen & (j <= i) if causal else seen
+
+
+def keys(members: Members, causal: bool, n: int, i: int) -> set[int]:
+    """The keys of query i, one pair at a time."""
+    return {j for j in range(n) if any(attends(member, causal, i, j) for member in members)}
+
+
+@lru_cache(maxsize=8)
+def mask(members: Members, causal: bool, n: int) -> torch.Tensor:
+    """Bool (n, n): the union over the members."""
+    i = np.arange(n, dtype=np.int32)[:, None]
+    j = np.arange(n, dtype=np.int32)[None, :]
+    seen = np.zeros((n, n), dtype=bool)
+    for member in members:
+        seen |= attends(member, causal, i, j)
+    return torch.from_numpy(seen)
+
+
+def masks(heads: Sequence[Members], causal: bool, n: int) -> list[torch.Tensor]:
+    """One mask per query head; equal heads share a tensor."""
+    return [mask(members, causal, n) for members in heads]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Outputs and, where dout was given, gradients."""
+
+    out: torch.Tensor  # (batch, heads, seq, head_dim_v)
+    lse: torch.Tensor  # (batch, heads, seq)
+    dq: torch.Tensor | None = None  # like q
+    dk: torch.Tensor | None = None  # like k
+    dv: torch.Tensor | None = None  # like v
+
+
+def in_order_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b in fp32 with each sum taken term by term, the worst of some orders of the terms."""
+    terms = a.shape[-1]
+    if terms * a[..., 0].numel() * b.shape[-1] > TERMS_IN_ORDER:
+        return a @ b
+    orders = torch.stack([torch.randperm(terms, device=a.device) for _ in range(ORDERS)])
+    totals = torch.zeros(ORDERS, *a.shape[:-1], b.shape[-1], dtype=a.dtype, device=a.device)
+    left, right = a[..., orders].movedim(-2, 0), b[..., orders, :].movedim(-3, 0)
+    for term in range(terms):
+        totals.addcmul_(left[..., term, None], right[..., None, term, :])
+    errors = (totals.double() - a.double() @ b.double()).abs()
+    return totals.gather(0, errors.argmax(0, keepdim=True)).squeeze(0)
+
+
+def attention(
+    q: torch.Tensor,  # (batch, heads, seq, head_dim)
+    k: torch.Tensor,  # (batch, kv_heads, seq, head_dim)
+    v: torch.Tensor,  # (batch, kv_heads, seq, head_dim_v)
+    head_masks: Sequence[torch.Tensor],  # heads x bool (seq, seq)
+    scale: float | None = None,
+    dout: torch.Tensor | None = None,  # like out
+    dlse: torch.Tensor | None = None,  # like lse
+    rounding: torch.dtype | None = None,
+) -> Result:
+    """Attention with its gradients, in fp64.
+
+    With ``rounding`` in fp32, and scores, weights and products rounded to that dtype: the error
+    that the precision costs. For fp32 that is the error of the sums alone, so those are taken term
+    by term: a matrix library is luckier with some shapes than with others. A query without a key
+    has out 0, lse -inf and zero gradients.
+    """
+    work = torch.float64 if rounding is None else torch.float32
+    product = in_order_product if rounding == torch.float32 else torch.matmul
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        return x if rounding is None else x.to(rounding).to(work)
+
+    batch, heads, seq, head_dim = q.shape
+    group = heads // k.shape[1]
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    q, k, v = q.detach().to(work), k.detach().to(work), v.detach().to(work)
+    out = q.new_zeros(batch, heads, seq, v.shape[-1])
+    lse = q.new_full((batch, heads, seq), -math.inf)
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    if dout is not None:
+        dout = dout.detach().to(work)
+    dlse = torch.zeros_like(lse) if dlse is None else dlse.detach().to(work)
+
+    for head in range(heads):
+        kv_head = head // group
+        head_mask = head_masks[head].to(q.device)
+        for start in range(0, seq, ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            seen = head_mask[rows].any(0).nonzero().squeeze(1)
+            if len(seen) == 0:
+                continue
+            allowed = head_mask[rows][:, seen]
+            q_rows, k_seen, v_seen = q[:, head, rows], k[:, kv_head, seen], v[:, kv_head, seen]
+            scores = rounded(product(q_rows, k_seen.mT) * scale).masked_fill(~allowed, -math.inf)
+            row_lse = torch.logsumexp(scores, -1)
+            empty = ~allowed.any(-1)
+            weights = rounded(torch.exp(scores - row_lse.masked_fill(empty, 0)[..., None]))
+            out_rows = rounded(product(weights, v_seen))
+            out[:, head, rows], lse[:, head, rows] = out_rows, row_lse
+            if dout is None:
+                continue
+            dout_rows = dout[:, head, rows]
+            delta = (dout_rows * out_rows).sum(-1) - dlse[:, head, rows]
+            dweights = rounded(product(dout_rows, v_seen.mT))
+            dscores = rounded(weights * (dweights - delta.masked_fill(empty, 0)[..., None]))
+            dq[:, head, rows] = product(dscores, k_seen) * scale
+            dk[:, kv_head, seen] += product(dscores.mT, q_rows) * scale
+            dv[:, kv_head, seen] += product(weights.mT, dout_rows)
+    if dout is None:
+        return Result(out, lse)
+    return Result(out, lse, rounded(dq), rounded(dk), rounded(dv))
+
+
+def attention_by_autograd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    head_masks: Sequence[torch.Tensor],
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) in the dtype of the inputs, written so that autograd gives the gradients."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    allowed = torch.stack(list(head_masks))
+    empty = ~allowed.any(-1)
+    scores = (q @ k.mT * scale).masked_fill(~allowed & ~empty[..., None], -math.inf)
+    weights = torch.softmax(scores, -1).masked_fill(empty[..., None], 0)
+    lse = torch.logsumexp(scores, -1).masked_fill(empty, -math.inf)
+    return weights @ v, lse

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan covers exactly the mask, each key once; so does the kernels' index arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import oracle
+import sparse_attn as sa
+from cases import KINDS, Case, all_pairs_cases, has_factor, to_pattern
+from sparse_attn.plan import Branch, plan
+
+try:
+    from sparse_attn import _C
+
+    NATIVE = True
+except ImportError:
+    NATIVE = False
+
+needs_native = pytest.mark.skipif(not NATIVE, reason="the native module is not built")
+
+CASES = all_pairs_cases()
+TILES = [(64, 64), (128, 64), (64, 128), (16, 8), (1, 1), (7, 5), (5, 300)]
+
+
+def walk(branches: tuple[Branch, ...], n: int) -> np.ndarray:
+    """How often each (query, key) is attended, int (n, n), one query at a time."""
+    counts = np.zeros((n, n), dtype=np.int64)
+    for branch in branches:
+        view = branch.queries
+        listed = np.zeros(n, dtype=np.int64)
+        most_rows = 0
+        for group in range(view.groups):
+            rows = int(view.rows(group))
+            most_rows = max(most_rows, rows)
+            assert 0 <= rows <= view.max_rows
+            before = [(0, 0)] * len(branch.segments)
+            for row in range(rows):
+                query = int(view.position(group, row))
+                assert 0 <= query < n
+                listed[query] += 1
+                for number, segment in enumerate(branch.segments):
+                    keys = segment.keys
+                    assert keys.groups in (1, view.groups)
+                    first, last = (int(x) for x in segment.bounds(branch.run, group, query))
+                    assert 0 <= first and last <= int(keys.rows(group))
+                    # Both ends grow with the query: tiles are bounded by their first and last query.
+                    assert first >= before[number][0] and last >= before[number][1]
+                    before[number] = (first, last)
+                    if first < last:
+                        positions = keys.position(group, np.arange(first, last))
+                        assert positions.min() >= 0 and positions.max() < n
+                        np.add.at(counts[query], positions, 1)
+        assert view.max_rows == most_rows
+        assert listed.max() <= 1, "a branch lists a query twice"
+    return counts
+
+
+def assert_covers(branches: tuple[Branch, ...], mask: torch.Tensor) -> None:
+    counts = walk(branches, mask.shape[0])
+    wrong = np.argwhere(counts != mask.numpy())
+    assert not len(wrong), (
+        f"{len(wrong)} pairs; first (query, key) {tuple(wrong[0])} is attended "
+        f"{counts[tuple(wrong[0])]} times, wanted {int(mask[tuple(wrong[0])])}"
+    )
+
+
+def head_patterns(case: Case) -> list[tuple[Any, torch.Tensor]]:
+    """The distinct patterns of a case, each with its oracle mask."""
+    distinct = dict.fromkeys(case.head_members)
+    return [
+        (to_pattern(members, case.causal), oracle.mask(members, case.causal, case.n))
+        for members in distinct
+    ]
+
+
+def transposed(branches: tuple[Branch, ...]) -> tuple[Branch, ...]:
+    return tuple(part for branch in branches for part in branch.transposed())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_plan_covers_the_mask(case: Case) -> None:
+    for pattern, mask in head_patterns(case):
+        assert_covers(plan(pattern, case.n), mask)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.n <= 1000], ids=str)
+def test_transposed_plan_covers_the_mask(case: Case) -> None:
+    """The queries of a key are intervals too."""
+    for pattern, mask in head_patterns(case):
+        assert_covers(transposed(plan(pattern, case.n)), mask.T)
+
+
+def test_walk_fails_on_planted_errors() -> None:
+    pattern, n = sa.Strided(5), 23
+    mask = oracle.mask((("local", 5), ("dilated", 5)), True, n)
+    assert_covers(plan(pattern, n), mask)
+    with pytest.raises(AssertionError, match="wanted 1"):
+        assert_covers(plan(pattern, n)[:1], mask)
+    with pytest.raises(AssertionError, match="attended 2 times"):
+        assert_covers(plan(pattern, n) * 2, mask)
+    with pytest.raises(AssertionError, match="wanted 0"):
+        assert_covers(plan(sa.Strided(6), n), mask)
+
+
+def test_per_head_has_no_plan_of_its_own_but_its_heads_have() -> None:
+    pattern = sa.PerHead([sa.Local(3), sa.Dilated(3)])
+    for head, members in zip(pattern.patterns, [("local", 3), ("dilated", 3)], strict=True):
+        assert_covers(plan(head, 20), oracle.mask((members,), True, 20))
+
+
+SIZES = st.integers(1, 40)
+
+
+@st.composite
+def members_of_a_kind(draw: st.DrawFn) -> tuple[oracle.Members, bool, int]:
+    """Any members of a supported union, beyond those that the cases pair up."""
+    n = draw(st.integers(1, 64))
+    near = st.one_of(
+        st.just(("dense",)),
+        st.tuples(st.just("local"), SIZES),
+        st.tuples(st.just("chunk"), SIZES),
+    )
+    members: list[oracle.Member] = draw(st.lists(near, max_size=4))
+    far = draw(st.sampled_from(["none", "dilated", "summary"] if members else ["dilated", "summary"]))
+    if far == "dilated":
+        members.append(("dilated", draw(SIZES)))
+    elif far == "summary":
+        length = draw(SIZES)
+        columns = draw(st.integers(1, length))
+        members.append(("summary", length, columns, draw(st.integers(0, length - columns))))
+    return tuple(members), draw(st.booleans()), n
+
+
+@given(members_of_a_kind())
+def test_plan_covers_any_union(drawn: tuple[oracle.Members, bool, int]) -> None:
+    members, causal, n = drawn
+    pattern, mask = to_pattern(members, causal), oracle.mask(members, causal, n)
+    assert pattern.mask(n).equal(mask)
+    assert_covers(plan(pattern, n), mask)
+    assert_covers(transposed(plan(pattern, n)), mask.T)
+    assert pattern.keys_per_query(n).equal(mask.sum(-1))
+
+
+def test_plans_at_a_million_tokens_are_a_few_integers() -> None:
+    for pattern in (sa.Strided(1024), sa.Fixed(1024, 32), sa.Dense()):
+        branches = plan(pattern, 1 << 20)
+        assert len(branches) <= 2
+        assert all(len(branch.segments) <= 3 for branch in branches)
+
+
+# The native twins.
+
+
+def native_cover(branches: Any, n: int, tiles: tuple[int, int]) -> np.ndarray:
+    counts = _C.cover(list(branches), n, *tiles)
+    return np.frombuffer(counts, dtype=np.uint8).reshape(n, n)
+
+
+def assert_native_covers(pattern: Any, mask: torch.Tensor, tiles: tuple[int, int]) -> None:
+    from sparse_attn.backends.cuda import native_plan
+
+    n = mask.shape[0]
+    for is_transposed, wanted in ((False, mask), (True, mask.T)):
+        branches = native_plan(pattern, n, transposed=is_transposed)
+        counts = native_cover(branches, n, tiles)
+        wrong = np.argwhere(counts != wanted.numpy())
+        assert not len(wrong), (
+            f"tiles {tiles}, transposed {is_transposed}: {len(wrong)} pairs; first "
+            f"{tuple(wrong[0])} is attended {counts[tuple(wrong[0])]} times"
+        )
+
+
+@needs_native
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_native_plan_covers_the_mask(case: Case) -> None:
+    tiles = TILES if case.n <= 257 else TILES[:3]
+    for pattern, mask in head_patterns(case):
+        for tile in tiles:
+            assert_native_covers(pattern, mask, tile)
+
+
+@needs_native
+@given(members_of_a_kind(), st.integers(1, 20), st.integers(1, 20))
+def test_native_plan_covers_any_union(
+    drawn: tuple[oracle.Members, bool, int], tile_queries: int, tile_keys: int
+) -> None:
+    members, causal, n = drawn
+    pattern, mask = to_pattern(members, causal), oracle.mask(members, causal, n)
+    assert_native_covers(pattern, mask, (tile_queries, tile_keys))
+
+
+@needs_native
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if has_factor(kind, "size")])
+@pytest.mark.parametrize("size", [2**31 - 1, 2**31, 2**40])
+def test_native_sizes_beyond_32_bits(kind: str, size: int) -> None:
+    for head in range(4):
+        members = KINDS[kind][1](size, 3, size - 3, head)
+        for causal in (True, False):
+            mask = torch.tensor(
+                [[j in oracle.keys(members, causal, 9, i) for j in range(9)] for i in range(9)]
+            )
+            assert_native_covers(to_pattern(members, causal), mask, (4, 4))

@@ -1,0 +1,556 @@
+"""Training: the split of the text, baselines, checkpoints, the trainer."""
+
+from __future__ import annotations
+
+import errno
+import lzma
+import math
+import os
+import resource
+import sys
+import sysconfig
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sparse_attn.model import SparseTransformerConfig
+from sparse_attn.train import baselines, checkpoint, corpus, loop
+from sparse_attn.train.checkpoint import Checkpoint, CheckpointError
+from sparse_attn.train.corpus import Corpus
+
+MODEL = SparseTransformerConfig(
+    vocab=256,
+    context=64,
+    layers=2,
+    heads=2,
+    width=32,
+    stride=16,
+    columns=4,
+    dropout=0.1,
+    initialisation="paper",
+    recompute=False,
+)
+TRAINING = loop.TrainingConfig(steps=12, batch=2, learning_rate=3e-3, warmup=3)
+
+
+@pytest.fixture
+def random(seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def words(random: np.random.Generator, count: int) -> bytes:
+    """Text of a few repeated words."""
+    return b" ".join(random.choice([b"sparse", b"dense", b"local", b"chunk"], count))
+
+
+def text_corpus(random: np.random.Generator, count: int = 400) -> Corpus:
+    return Corpus("words", words(random, count), words(random, 60), 1, 1)
+
+
+class TestCorpus:
+    def test_split_is_a_partition_with_copies_on_one_side(
+        self, random: np.random.Generator
+    ) -> None:
+        files = {f"p{i}/{random.integers(1 << 40)}.py": random.bytes(8) for i in range(2000)}
+        contents = list(files.values())
+        copies = {f"copy/{i}.py": contents[random.integers(2000)] for i in range(2000)}
+        files |= copies | {"empty.py": b""}
+        train, validation = corpus.split_files(files)
+        assert sorted(train + validation) == sorted(set(files) - {"empty.py"})
+        assert {files[p] for p in train}.isdisjoint(files[p] for p in validation)
+
+    def test_side_depends_on_the_path_alone(self, random: np.random.Generator) -> None:
+        files = {f"{i}.py": random.bytes(20) for i in range(1000)}
+        train, validation = corpus.split_files(files)
+        assert validation == sorted(p for p in files if corpus.goes_to_validation(p))
+        half = dict(list(files.items())[::2])
+        assert corpus.split_files(half) == (
+            [p for p in train if p in half],
+            [p for p in validation if p in half],
+        )
+
+    def test_share(self, random: np.random.Generator) -> None:
+        paths = [f"folder/{i}-{random.integers(1 << 60)}.py" for i in range(20_000)]
+        share = np.mean([corpus.goes_to_validation(path) for path in paths])
+        assert abs(share - 0.05) < 0.01  # six standard deviations
+
+    def test_folder_without_tests_packages_and_hidden_files(self, tmp_path: Path) -> None:
+        kept = ["a.py", "deep/er/b.py"]
+        left = [
+            "test/c.py",
+            "deep/tests/d.py",
+            "idlelib/idle_test/e.py",
+            "site-packages/f.py",
+            "dist-packages/g.py",
+            "__pycache__/h.py",
+            ".git/i.py",
+            ".j.py",
+            "k.txt",
+        ]
+        for name in kept + left:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(name)
+        assert corpus.read_folder(tmp_path, ".py") == {name: name.encode() for name in kept}
+        assert "k.txt" in corpus.read_folder(tmp_path)
+
+    def test_standard_library(self) -> None:
+        library = corpus.standard_library()
+        source = Path(sysconfig.get_path("stdlib"), "textwrap.py").read_bytes()
+        assert (source in library.train) != (source in library.validation)
+        assert 100_000 < len(library.validation) < 0.15 * len(library.train)
+        assert library == corpus.standard_library()
+
+    def test_file(self, tmp_path: Path, random: np.random.Generator) -> None:
+        data = random.bytes(1000)
+        (tmp_path / "data").write_bytes(data)
+        loaded = corpus.load_corpus(tmp_path / "data")
+        assert loaded.train + loaded.validation == data
+        assert len(loaded.validation) == 50
+
+    def test_nothing_there(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match=r"no data at .*absent"):
+            corpus.load_corpus(tmp_path / "absent")
+        (tmp_path / "only.txt").write_text("one file")
+        with pytest.raises(ValueError, match="both need at least one"):
+            corpus.load_corpus(tmp_path)
+
+
+def witten_bell(train: bytes, context: bytes, byte: int) -> float:
+    """The formula of the docstring, by dicts."""
+    shorter = witten_bell(train, context[1:], byte) if context else 1 / 256
+    following = Counter(
+        train[i + len(context)]
+        for i in range(len(train) - len(context))
+        if train[i : i + len(context)] == context
+    )
+    total, kinds = sum(following.values()), len(following)
+    return (following[byte] + kinds * shorter) / (total + kinds) if total else shorter
+
+
+class TestBaselines:
+    @pytest.mark.parametrize("letters", [b"ab", b"abcdef\xff\x00"])
+    def test_equal_to_brute_force(self, random: np.random.Generator, letters: bytes) -> None:
+        train, text = (bytes(random.choice(list(letters), size)) for size in (120, 40))
+        text += b"zz"  # bytes and contexts never seen in training
+        for order, got in enumerate(baselines.byte_probabilities(train, text, 3)):
+            wanted = [
+                witten_bell(train, text[max(0, i - order) : i], text[i]) for i in range(len(text))
+            ]
+            np.testing.assert_allclose(got, wanted, rtol=1e-12)
+
+    def test_probabilities_sum_to_one(self, random: np.random.Generator) -> None:
+        train = bytes(random.choice(list(b"abcd"), 300))
+        for context in (b"abc", b"dda", b"xyz", b"\x00\xff\x00"):
+            for order in range(4):
+                total = sum(
+                    baselines.byte_probabilities(train, context + bytes([byte]), order)[order][3]
+                    for byte in range(256)
+                )
+                assert total == pytest.approx(1, abs=1e-12)
+
+    def test_bits(self, random: np.random.Generator) -> None:
+        train, text = words(random, 3000), words(random, 300)
+        bits = baselines.count_model_bits(train, text)
+        assert bits == sorted(bits, reverse=True)  # more context helps on words
+        probability = baselines.byte_probabilities(train, text, 2)[2]
+        assert bits[2] == pytest.approx(-sum(map(math.log2, probability)) / len(text))
+
+    def test_refusals(self) -> None:
+        with pytest.raises(ValueError, match="max_order is 4, wanted 0 to 3"):
+            baselines.byte_probabilities(b"text", b"text", 4)
+        with pytest.raises(ValueError, match="3 training bytes are too few for order 3"):
+            baselines.byte_probabilities(b"abc", b"text", 3)
+
+    def test_xz(self, random: np.random.Generator) -> None:
+        train, new = random.bytes(200_000), random.bytes(20_000)
+        # A match at the far end of the training text costs a few bytes for each 273 of text.
+        assert baselines.xz_bits(train, train[:20_000]) < 0.2
+        assert 8 <= baselines.xz_bits(train, new) < 8.1
+        sizes = [len(lzma.compress(x)) for x in (train, train + new)]  # with a header and checksums
+        assert baselines.xz_bits(train, new) == pytest.approx(
+            8 * (sizes[1] - sizes[0]) / len(new), rel=0.01
+        )
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, Checkpoint]:
+    """A checkpoint of every kind of tensor, on disk."""
+    tensors = {
+        "model.weight": torch.randn(3, 5),
+        "model.half": torch.randn(4).to(torch.bfloat16),
+        "model.empty": torch.zeros(0, 2),
+        "optimiser.step": torch.tensor(7.0),
+        "random.cpu": torch.get_rng_state()[:40],
+        "view": torch.randn(6, 4).T,
+    }
+    content = Checkpoint({"width": 32}, {"step": 3, "text": "ü"}, tensors)
+    path = tmp_path / "checkpoint.safetensors"
+    checkpoint.save(path, content)
+    return path, content
+
+
+def assert_holds(path: Path, wanted: Checkpoint) -> None:
+    got = checkpoint.load(path)
+    assert (got.config, got.progress) == (wanted.config, wanted.progress)
+    assert got.tensors.keys() == wanted.tensors.keys()
+    for name, tensor in wanted.tensors.items():
+        assert got.tensors[name].dtype == tensor.dtype
+        assert torch.equal(got.tensors[name], tensor)
+
+
+def interrupt(error: BaseException) -> Callable[..., Any]:
+    def raise_error(*args: object) -> None:
+        raise error
+
+    return raise_error
+
+
+@contextmanager
+def full_disk(bytes_left: int) -> Iterator[None]:
+    """Files cannot grow past `bytes_left`: a write stops midway with an OSError."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class TestCheckpoint:
+    def test_round_trip(self, saved: tuple[Path, Checkpoint]) -> None:
+        assert_holds(*saved)
+        assert os.listdir(saved[0].parent) == [saved[0].name]
+
+    def test_truncated_anywhere(self, saved: tuple[Path, Checkpoint]) -> None:
+        path, _ = saved
+        content = path.read_bytes()
+        for size in range(len(content)):
+            path.write_bytes(content[:size])
+            with pytest.raises(CheckpointError, match=r"checkpoint\.safetensors is truncated"):
+                checkpoint.load(path)
+        path.write_bytes(content + b"\x00")
+        with pytest.raises(CheckpointError, match="truncated or corrupt"):
+            checkpoint.load(path)
+
+    def test_flipped_byte_anywhere(
+        self, saved: tuple[Path, Checkpoint], random: np.random.Generator
+    ) -> None:
+        path, wanted = saved
+        content = path.read_bytes()
+        for place in range(len(content)):
+            flipped = bytearray(content)
+            flipped[place] ^= int(random.integers(1, 256))
+            path.write_bytes(flipped)
+            try:
+                checkpoint.load(path)
+            except CheckpointError as error:
+                assert str(path) in str(error)
+            else:
+                # Only the JSON's padding and letter case can differ without meaning.
+                assert_holds(path, wanted)
+
+    def test_other_files(self, tmp_path: Path) -> None:
+        safetensors_torch = checkpoint.import_safetensors()[1]
+        path = tmp_path / "other.safetensors"
+        safetensors_torch.save_file({"x": torch.zeros(2)}, path)
+        with pytest.raises(CheckpointError, match="of format None, wanted 'sparse_attn"):
+            checkpoint.load(path)
+        with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+            checkpoint.load(tmp_path / "absent")
+        with pytest.raises(IsADirectoryError, match="is a folder, wanted"):
+            checkpoint.load(tmp_path)
+
+    @pytest.mark.parametrize(
+        "error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()], ids=repr
+    )
+    @pytest.mark.parametrize("place", ["fsync", "replace"])
+    def test_interrupted_save_keeps_the_old_one(
+        self,
+        saved: tuple[Path, Checkpoint],
+        monkeypatch: pytest.MonkeyPatch,
+        place: str,
+        error: BaseException,
+    ) -> None:
+        path, old = saved
+        new = Checkpoint({"width": 64}, {"step": 4}, {"model.weight": torch.randn(100, 100)})
+        with monkeypatch.context() as patch:
+            patch.setattr(os, place, interrupt(error))
+            with pytest.raises(type(error)):
+                checkpoint.save(path, new)
+        assert os.listdir(path.parent) == [path.name]
+        assert_holds(path, old)
+        checkpoint.save(path, new)
+        assert_holds(path, new)
+
+    def test_disk_full_in_the_middle_of_a_write(self, saved: tuple[Path, Checkpoint]) -> None:
+        path, old = saved
+        new = Checkpoint({}, {}, {"model.weight": torch.randn(500, 500)})
+        with full_disk(300_000), pytest.raises(OSError, match="File too large"):
+            checkpoint.save(path, new)
+        assert os.listdir(path.parent) == [path.name]
+        assert_holds(path, old)
+
+    def test_leftover_of_a_killed_process_goes_with_the_next_save(
+        self, saved: tuple[Path, Checkpoint], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path, old = saved
+        with monkeypatch.context() as patch:  # killed: nothing is tidied up
+            patch.setattr(os, "replace", interrupt(SystemExit()))
+            patch.setattr(Path, "unlink", lambda *_, **__: None)
+            with pytest.raises(SystemExit):
+                checkpoint.save(path, old)
+        assert len(os.listdir(path.parent)) == 2
+        checkpoint.save(path, old)
+        assert os.listdir(path.parent) == [path.name]
+
+    def test_missing_extra(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "safetensors", None)
+        with pytest.raises(ImportError, match=r'pip install "sparse-attn\[train\]"'):
+            checkpoint.load(tmp_path)
+
+
+def weights(trainer: loop.Trainer) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in trainer.model.state_dict().items()}
+
+
+def assert_same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+class TestTrainer:
+    def test_same_seed_same_losses(self, random: np.random.Generator) -> None:
+        data = text_corpus(random)
+        first = loop.Trainer(MODEL, TRAINING, data)
+        first_losses = [first.step() for _ in range(6)]
+        second = loop.Trainer(MODEL, TRAINING, data)
+        assert [second.step() for _ in range(6)] == first_losses
+        other = loop.Trainer(MODEL, replace(TRAINING, seed=1), data)
+        assert [other.step() for _ in range(6)] != first_losses
+
+    def test_resumed_run_equals_an_uninterrupted_one(
+        self, random: np.random.Generator, tmp_path: Path
+    ) -> None:
+        data = text_corpus(random)
+        whole = loop.Trainer(MODEL, TRAINING, data)
+        whole.validations.append((5, 1.5))
+        for _ in range(5):
+            whole.step()
+        whole.save(tmp_path / "c")
+        for _ in range(5):
+            whole.step()
+
+        resumed = loop.Trainer(MODEL, TRAINING, data)
+        resumed.step()
+        resumed.restore(checkpoint.load(tmp_path / "c"))
+        assert resumed.step_number == 5
+        for _ in range(5):
+            resumed.step()
+        assert resumed.losses == whole.losses
+        assert resumed.validations == whole.validations
+        assert_same_weights(weights(resumed), weights(whole))
+
+    @pytest.mark.parametrize(
+        ("model", "training", "data", "message"),
+        [
+            ({"layers": 3}, {}, {}, "another model: layers is 2, wanted 3"),
+            ({"context": 32}, {}, {}, "another model: context is 64, wanted 32"),
+            ({}, {"learning_rate": 1e-3}, {}, "learning_rate is 0.003, wanted 0.001"),
+            ({}, {"seed": 9}, {}, "another training run: seed is 0, wanted 9"),
+            ({}, {}, {"train": b"x" * 100}, "another text: digest"),
+        ],
+        ids=["layers", "context", "learning-rate", "seed", "text"],
+    )
+    def test_restore_refuses_another_run(
+        self,
+        random: np.random.Generator,
+        tmp_path: Path,
+        model: dict[str, Any],
+        training: dict[str, Any],
+        data: dict[str, Any],
+        message: str,
+    ) -> None:
+        text = text_corpus(random)
+        trainer = loop.Trainer(MODEL, TRAINING, text)
+        trainer.save(tmp_path / "c")
+        other = loop.Trainer(
+            replace(MODEL, **model), replace(TRAINING, **training), replace(text, **data)
+        )
+        with pytest.raises(CheckpointError, match=message) as caught:
+            other.restore(checkpoint.load(tmp_path / "c"))
+        assert str(tmp_path / "c") in str(caught.value)
+
+    def test_weights_of_another_shape_are_refused(
+        self, random: np.random.Generator, tmp_path: Path
+    ) -> None:
+        trainer = loop.Trainer(MODEL, TRAINING, text_corpus(random))
+        trainer.save(tmp_path / "c")
+        saved = checkpoint.load(tmp_path / "c")
+        saved.tensors["model.start"] = torch.zeros(33)
+        with pytest.raises(CheckpointError, match=r"start is \(33,\), wanted \(32,\)"):
+            checkpoint.load_weights(saved, trainer.model)
+        del saved.tensors["model.start"]
+        with pytest.raises(CheckpointError, match=r"start is None, wanted \(32,\)"):
+            checkpoint.load_weights(saved, trainer.model)
+
+    @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+    def test_learns(self, random: np.random.Generator, device: str, precision: str) -> None:
+        training = replace(
+            TRAINING, steps=40, batch=2, learning_rate=1e-2, precision=precision, warmup=5
+        )
+        trainer = loop.Trainer(replace(MODEL, dropout=0.0), training, text_corpus(random), device)
+        for _ in range(training.steps):
+            trainer.step()
+        assert trainer.losses[0] == pytest.approx(8, abs=0.01)  # logits start at zero
+        assert trainer.validate(trainer.corpus.validation) < 3
+
+    def test_overflow_skips_the_step_and_halves_the_scale(
+        self, random: np.random.Generator
+    ) -> None:
+        training = replace(TRAINING, precision="fp16")
+        trainer = loop.Trainer(MODEL, training, text_corpus(random))
+        trainer.step()
+        before = weights(trainer)
+        trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**60})
+        trainer.step()
+        assert_same_weights(weights(trainer), before)
+        assert trainer.scaler.get_scale() == 2.0**59
+
+    def test_loss_that_is_not_finite_stops(self, random: np.random.Generator) -> None:
+        trainer = loop.Trainer(MODEL, TRAINING, text_corpus(random))
+        with torch.no_grad():
+            trainer.model.final_norm.weight.fill_(math.nan)
+        with pytest.raises(FloatingPointError, match="the loss is nan at step 0"):
+            trainer.step()
+
+    def test_batches_are_windows_of_the_training_text(self, random: np.random.Generator) -> None:
+        trainer = loop.Trainer(MODEL, TRAINING, text_corpus(random))
+        for step in range(5):
+            tokens = trainer.batch(step)
+            assert tokens.shape == (2, 64)
+            for row in tokens.tolist():
+                assert bytes(row) in trainer.corpus.train
+        exact = replace(trainer.corpus, train=trainer.corpus.train[:64])
+        assert bytes(loop.Trainer(MODEL, TRAINING, exact).batch(0)[1].tolist()) == exact.train
+
+    def test_too_little_text(self, random: np.random.Generator) -> None:
+        data = replace(text_corpus(random), train=b"x" * 63)
+        with pytest.raises(ValueError, match=r"63 bytes to train on .* one context is 64 bytes"):
+            loop.Trainer(MODEL, TRAINING, data)
+        with pytest.raises(ValueError, match="leaves no bytes for validation"):
+            loop.Trainer(MODEL, TRAINING, replace(data, train=b"x" * 64, validation=b""))
+
+    def test_learning_rate(self) -> None:
+        training = loop.TrainingConfig(steps=100, batch=1, learning_rate=2.0, warmup=4)
+        rates = [training.learning_rate_at(step, 0.0) for step in range(6)]
+        assert rates == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0, 2.0])
+        assert training.learning_rate_at(50, 0.5) == pytest.approx(1.0)
+        assert training.learning_rate_at(50, 1.0) == pytest.approx(0.0)
+        assert training.learning_rate_at(50, 1.5) == pytest.approx(0.0)
+
+    def test_weight_decay_on_matrices_only(self, random: np.random.Generator) -> None:
+        trainer = loop.Trainer(MODEL, TRAINING, text_corpus(random))
+        decay = {
+            id(p): group["weight_decay"]
+            for group in trainer.optimiser.param_groups
+            for p in group["params"]
+        }
+        for parameter in trainer.model.parameters():
+            assert decay.pop(id(parameter)) == (0.01 if parameter.dim() == 2 else 0.0)
+        assert not decay
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"steps": 0}, "steps is 0, wanted more than 0"),
+            ({"batch": -1}, "batch is -1, wanted more than 0"),
+            ({"learning_rate": math.nan}, "learning_rate is nan"),
+            ({"seed": -1}, "seed is -1, wanted 0 or more"),
+            ({"precision": "fp8"}, "precision is 'fp8', wanted one of"),
+        ],
+    )
+    def test_bad_training_config(self, changes: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            replace(TRAINING, **changes)
+
+    def test_configs_survive_json(self) -> None:
+        for name in ("demo", "enwik8"):
+            training = loop.preset(name)[1]
+            assert loop.TrainingConfig.from_dict(training.to_dict()) == training
+        with pytest.raises(ValueError, match="preset is 'cifar'"):
+            loop.preset("cifar")
+
+
+class TestBitsPerByte:
+    @pytest.mark.parametrize("min_context", [0, 20, 63])
+    @pytest.mark.parametrize("length", [1, 20, 63, 64, 65, 200, 233])
+    def test_every_byte_once_with_its_context(
+        self, random: np.random.Generator, min_context: int, length: int
+    ) -> None:
+        model = loop.Trainer(MODEL, TRAINING, text_corpus(random)).model.eval()
+        torch.nn.init.normal_(model.logits.weight, std=0.3)
+        text = random.bytes(length)
+        advance = MODEL.context - min_context
+        windows = defaultdict(list)
+        for i in range(length):
+            start = max(0, -(-(i + 1 - MODEL.context) // advance) * advance)
+            assert i - start >= min(i, min_context)
+            windows[start].append(i)
+        nats = 0.0
+        for start, positions in windows.items():
+            tokens = torch.tensor([list(text[start : start + MODEL.context])])
+            loss = loop.losses(model, tokens)[0].detach()
+            nats += sum(loss[i - start].item() for i in positions)
+        got = loop.bits_per_byte(model, text, batch=3, min_context=min_context)
+        assert got == pytest.approx(nats / length / math.log(2), rel=1e-5)
+
+    def test_refusals(self, random: np.random.Generator) -> None:
+        model = loop.Trainer(MODEL, TRAINING, text_corpus(random)).model
+        with pytest.raises(ValueError, match="validation text is empty"):
+            loop.bits_per_byte(model, b"", 1)
+        with pytest.raises(ValueError, match="min_context is 64, wanted 0 to 63"):
+            loop.bits_per_byte(model, b"text", 1, 64)
+        assert model.training
+
+
+class TestLoop:
+    def run(self, trainer: loop.Trainer, **options: Any) -> None:
+        defaults = {"validate_every": 5, "validation_bytes": 100}
+        loop.train(trainer, loop.make_console(), **{**defaults, **options})
+
+    def test_validates_and_saves(
+        self, random: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        trainer = loop.Trainer(MODEL, TRAINING, text_corpus(random))
+        saved = []
+        monkeypatch.setattr(trainer, "save", lambda path: saved.append(trainer.step_number))
+        self.run(trainer, save_every=4, path=tmp_path / "c")
+        assert [step for step, _ in trainer.validations] == [5, 10, 12]
+        assert saved == [4, 8, 12]
+
+    def test_loop_trains_like_single_steps(self, random: np.random.Generator) -> None:
+        data = text_corpus(random)
+        looped, stepped = (loop.Trainer(MODEL, TRAINING, data) for _ in range(2))
+        torch.manual_seed(0)
+        self.run(looped)
+        torch.manual_seed(0)
+        for _ in range(12):
+            stepped.step()
+        assert looped.losses == stepped.losses
+
+    def test_time_guard(
+        self, random: np.random.Generator, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        trainer = loop.Trainer(MODEL, TRAINING, text_corpus(random))
+        self.run(trainer, seconds=1e-9)
+        assert trainer.step_number == 1
+        assert "training stops at step 1 of 12" in capsys.readouterr().out
+        assert [step for step, _ in trainer.validations] == [1]
