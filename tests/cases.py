@@ -177,7 +177,7 @@ class Case:
     @property
     def batch(self) -> int:
         """Enough rows that the largest rounding error of a small case is not a matter of luck."""
-        rows = 4096 if self.dtype == torch.float32 else 256
+        rows = 2048 if self.dtype == torch.float32 else 256
         return 1 if self.n >= 1000 else max(2, math.ceil(rows / (self.n * self.heads[0])))
 
 

@@ -21,7 +21,7 @@ Members = tuple[Member, ...]
 
 ROWS_AT_ONCE = 512
 ORDERS = 8
-TERMS_IN_ORDER = 1 << 25
+TERMS_IN_ORDER = 1 << 24
 
 
 def attends(member: Member, causal: bool, i: Any, j: Any) -> Any:

@@ -388,12 +388,6 @@ def test_merge_dtypes(odd: int, dtype: torch.dtype) -> None:
     refused(TypeError, [str(dtype).removeprefix("torch.")], sa.merge, *arguments)
 
 
-def test_merge_of_two_dtypes() -> None:
-    arguments = parts()
-    arguments[2] = arguments[2].bfloat16()
-    refused(TypeError, ["bfloat16", "float32"], sa.merge, *arguments)
-
-
 # Missing extras.
 
 
@@ -415,15 +409,3 @@ except ImportError as error:
     result = in_a_process_without("matplotlib matplotlib.pyplot matplotlib.figure", code)
     assert result.returncode == 0, result.stderr
     assert re.search(r"pip install .?sparse-attn\[plot\]", result.stdout)
-
-
-@pytest.mark.parametrize("missing", ["rich", "safetensors"])
-def test_train_without_its_extra(missing: str) -> None:
-    """The command line says it in one line, without a traceback."""
-    modules = {"rich": "rich rich.progress rich.console", "safetensors": "safetensors safetensors.torch"}
-    code = "from sparse_attn.cli import main; sys.exit(main(['train', '--steps', '1']))"
-    result = in_a_process_without(modules[missing], code)
-    assert result.returncode != 0
-    words = result.stdout + result.stderr
-    assert re.search(r"pip install .?sparse-attn\[(train|all)\]", words), words
-    assert "Traceback" not in words

@@ -35,6 +35,22 @@ struct RegisterTile {
     }
   }
 
+  // f(element, element of the other tile, lane_row, column).
+  template <class F>
+  __device__ __forceinline__ void for_each(const RegisterTile& other, F f) {
+    const int lane_column = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < kColumnTiles; ++j) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          f(at[i][j][k], other.at[i][j][k], 2 * i + k / 2, j * 8 + lane_column + k % 2);
+        }
+      }
+    }
+  }
+
   __device__ __forceinline__ void clear() {
     for_each([](float& element, int, int) { element = 0.f; });
   }

@@ -28,24 +28,31 @@ template <int kThreads, class Tile, class T, class F>
 __device__ __forceinline__ void for_each_vector(T* gmem, int64_t row_stride,
                                                 const SequenceView& view, int group, int first_row,
                                                 F f) {
-  constexpr int kRowsAtOnce = kThreads / Tile::kVectors;
-  static_assert(kThreads % Tile::kVectors == 0 && Tile::kRows % kRowsAtOnce == 0);
-  const int vector = threadIdx.x % Tile::kVectors;
-  const int thread_row = threadIdx.x / Tile::kVectors;
+  // Neighbouring threads take neighbouring vectors: all of a row, or four at a time of 12.
+  constexpr int kVectorsAtOnce = Tile::kVectors % 8 == 0 ? Tile::kVectors : 4;
+  constexpr int kRowsAtOnce = kThreads / kVectorsAtOnce;
+  static_assert(kThreads % kVectorsAtOnce == 0 && Tile::kRows % kRowsAtOnce == 0);
+  const int first_vector = threadIdx.x % kVectorsAtOnce;
+  const int thread_row = threadIdx.x / kVectorsAtOnce;
+  const auto for_each_of_row = [&](int row, T* row_gmem) {
+#pragma unroll
+    for (int vector = 0; vector < Tile::kVectors; vector += kVectorsAtOnce) {
+      f(row, vector + first_vector, row_gmem + (vector + first_vector) * 8);
+    }
+  };
   if (view.run == 1) {  // rows are evenly spaced: one multiplication for all of them
     const int64_t step = view.run_stride * row_stride;
-    T* row_gmem =
-        gmem + view.position(group, 0) * row_stride + (first_row + thread_row) * step + vector * 8;
+    T* row_gmem = gmem + view.position(group, 0) * row_stride + (first_row + thread_row) * step;
 #pragma unroll
     for (int row = 0; row < Tile::kRows; row += kRowsAtOnce) {
-      f(row + thread_row, vector, row_gmem);
+      for_each_of_row(row + thread_row, row_gmem);
       row_gmem += kRowsAtOnce * step;
     }
   } else {
 #pragma unroll
     for (int row = 0; row < Tile::kRows; row += kRowsAtOnce) {
       const int64_t token = view.position(group, first_row + row + thread_row);
-      f(row + thread_row, vector, gmem + token * row_stride + vector * 8);
+      for_each_of_row(row + thread_row, gmem + token * row_stride);
     }
   }
 }

@@ -79,6 +79,8 @@ def attention(
         scale = float(scale)
         if not math.isfinite(scale):
             raise ValueError(f"scale must be finite, got {scale}")
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend must be a str or None, got {backend!r}")
     out, lse = torch.ops.sparse_attn.forward(q, k, v, pattern.spec, scale, backend)
     return (out, lse) if return_lse else out
 
@@ -108,7 +110,8 @@ def _inputs(
                 f"got {_kind(x)}"
             )
     device = q.device.type
-    if torch.is_autocast_enabled(device) and q.is_floating_point() and q.dtype != torch.float64:
+    has_autocast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+    if has_autocast and q.is_floating_point() and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         return q.to(dtype), k.to(dtype), v.to(dtype)
     return q, k, v

@@ -24,6 +24,10 @@ def merge(
     >>> out.tolist()
     [[0.5, 0.5]]
     """
+    for name, x in (("out1", out1), ("lse1", lse1), ("out2", out2), ("lse2", lse2)):
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+            raise TypeError(f"{name} must be a floating-point torch.Tensor, got {kind}")
     if out1.shape != out2.shape or lse1.shape != lse2.shape or out1.shape[:-1] != lse1.shape:
         raise ValueError(
             "merge wants out1 and out2 of one shape (..., seq, head_dim_v) and lse1 and lse2 of "

@@ -14,40 +14,25 @@
 
 namespace sparse_attn::sm80::backward {
 
-// Scores to weights, dweights to dscores / scale. The statistics are those of the query of each
-// pair: the own row, or the streamed row of the column.
-template <Owner kOwner, class Scores>
-__device__ __forceinline__ void softmax_backward(Scores& scores, Scores& dweights,
-                                                 const RowStats (&own_stats)[Scores::kLaneRows],
-                                                 const RowStats* streamed_stats_smem,
-                                                 float scale_log2) {
-  scores.for_each([&](float& score, int row, int column) {
-    const RowStats& stats = kOwner == Owner::queries ? own_stats[row] : streamed_stats_smem[column];
-    score = ptx::exp2(score * scale_log2 - stats.lse_log2);
-  });
-#pragma unroll
-  for (int i = 0; i < Scores::kRowTiles; ++i) {
-#pragma unroll
-    for (int j = 0; j < Scores::kColumnTiles; ++j) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const int column = j * 8 + lane_index() % 4 * 2 + k % 2;
-        const float delta = kOwner == Owner::queries ? own_stats[2 * i + k / 2].delta
-                                                     : streamed_stats_smem[column].delta;
-        dweights.at[i][j][k] = scores.at[i][j][k] * (dweights.at[i][j][k] - delta);
-      }
-    }
-  }
-}
+// The statistics of the query of each pair: of this lane's own rows, or of the streamed rows.
+template <bool kOwnsQueries, int kLaneRows>
+struct QueryStats {
+  const RowStats (&own)[kLaneRows];
+  const RowStats* streamed_smem;
 
-template <class T, int kHeadDim, int kHeadDimV, Owner kOwner>
-__global__ void __launch_bounds__(Config<T, kHeadDim, kHeadDimV, kOwner>::kThreads,
-                                  Config<T, kHeadDim, kHeadDimV, kOwner>::kLeastCtas)
+  __device__ __forceinline__ const RowStats& of(int row, int column) const {
+    return kOwnsQueries ? own[row] : streamed_smem[column];
+  }
+};
+
+template <class T, int kHeadDim, int kHeadDimV, Sums kSums>
+__global__ void __launch_bounds__(Config<T, kHeadDim, kHeadDimV, kSums>::kThreads,
+                                  Config<T, kHeadDim, kHeadDimV, kSums>::kLeastCtas)
     backward_kernel(const __grid_constant__ BackwardParams params) {
-  using Config = Config<T, kHeadDim, kHeadDimV, kOwner>;
+  using Config = Config<T, kHeadDim, kHeadDimV, kSums>;
   constexpr int kThreads = Config::kThreads, kStages = Config::kStages;
   constexpr int kLaneRows = Config::Gradient::kLaneRows;
-  constexpr bool kOwnsQueries = kOwner == Owner::queries;
+  constexpr bool kOwnsQueries = Config::kOwnsQueries;
   extern __shared__ char shared_memory[];
   auto& smem = *reinterpret_cast<typename Config::SharedMemory*>(shared_memory);
 
@@ -124,49 +109,53 @@ __global__ void __launch_bounds__(Config<T, kHeadDim, kHeadDimV, kOwner>::kThrea
     ptx::cp_async_wait<1>();
     __syncthreads();
 
-    typename Config::Scores scores, dweights;
-    multiply_transposed<T>(scores, smem.own, smem.streamed[stage]);
-    multiply_transposed<T>(dweights, smem.own_v, smem.streamed_v[stage]);
-    softmax_backward<kOwner>(scores, dweights, own_stats, smem.stats[stage], params.scale * kLog2E);
+    const QueryStats<kOwnsQueries, kLaneRows> stats{own_stats, smem.stats[stage]};
+    typename Config::Scores weights, dscores;
+    multiply_transposed<T>(weights, smem.own, smem.streamed[stage]);
+    weights.for_each([&](float& weight, int row, int column) {
+      weight = ptx::exp2(weight * (params.scale * kLog2E) - stats.of(row, column).lse_log2);
+    });
     if (tile.masked) {
       attended.update(branch, tile.segment, own.group, token);
-      attended.fill_others(scores, tile.first_row, 0.f);
-      attended.fill_others(dweights, tile.first_row, 0.f);
+      attended.fill_others(weights, tile.first_row, 0.f);
     }
-    if constexpr (!kOwnsQueries) multiply_add<T>(gradient_v, scores, smem.streamed_v[stage]);
-    multiply_add<T>(gradient, dweights, smem.streamed[stage]);
+    if constexpr (Config::kSumsDv) multiply_add<T>(gradient_v, weights, smem.streamed_v[stage]);
+    if constexpr (Config::kSumsDqOrDk) {
+      multiply_transposed<T>(dscores, smem.own_v, smem.streamed_v[stage]);
+      dscores.for_each(weights, [&](float& dscore, float weight, int row, int column) {
+        dscore = weight * (dscore - stats.of(row, column).delta);
+      });
+      multiply_add<T>(gradient, dscores, smem.streamed[stage]);
+    }
     __syncthreads();  // the next copy overwrites this stage
     tile = next;
     head = next_head;
   }
 
   // The gradients take the place of the own rows.
-  const TensorView& target = kOwnsQueries ? params.dq : params.dk;
-  const int target_head = kOwnsQueries ? first_head : kv_head;
   ptx::cp_async_wait<0>();
   __syncthreads();
-  if (params.accumulate) {
-    load_own(smem.own, target, target_head, params.head_dim);
-    if constexpr (!kOwnsQueries) load_own(smem.own_v, params.dv, kv_head, params.head_dim_v);
-    ptx::cp_async_commit();
-    ptx::cp_async_wait<0>();
-    __syncthreads();
-  }
-  const auto write = [&](auto& own_smem, const auto& tile, float factor) {
+  const auto finish = [&](auto& own_smem, const auto& sum, const TensorView& target, int head_dim,
+                          float factor) {
+    const int target_head = kOwnsQueries ? first_head : kv_head;
+    if (params.accumulate) {
+      load_own(own_smem, target, target_head, head_dim);
+      ptx::cp_async_commit();
+      ptx::cp_async_wait<0>();
+      __syncthreads();
+    }
     float factors[kLaneRows], ones[kLaneRows];
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) factors[i] = factor, ones[i] = 1.f;
-    write_rows<T>(own_smem, tile, factors, ones, params.accumulate);
+    write_rows<T>(own_smem, sum, factors, ones, params.accumulate);
+    __syncthreads();
+    store_tile<kThreads>(own_smem, head_gmem<T>(target, own.batch, target_head), target.row_stride,
+                         branch.queries, own, head_dim);
   };
-  write(smem.own, gradient, params.scale);
-  if constexpr (!kOwnsQueries) write(smem.own_v, gradient_v, 1.f);
-  __syncthreads();
-  store_tile<kThreads>(smem.own, head_gmem<T>(target, own.batch, target_head), target.row_stride,
-                       branch.queries, own, params.head_dim);
-  if constexpr (!kOwnsQueries) {
-    store_tile<kThreads>(smem.own_v, head_gmem<T>(params.dv, own.batch, kv_head),
-                         params.dv.row_stride, branch.queries, own, params.head_dim_v);
+  if constexpr (Config::kSumsDqOrDk) {
+    finish(smem.own, gradient, kOwnsQueries ? params.dq : params.dk, params.head_dim, params.scale);
   }
+  if constexpr (Config::kSumsDv) finish(smem.own_v, gradient_v, params.dv, params.head_dim_v, 1.f);
 }
 
 }  // namespace sparse_attn::sm80::backward

@@ -8,22 +8,24 @@
 
 namespace sparse_attn::sm80::backward {
 
-template <class T, int kHeadDim, int kHeadDimV, Owner kOwner>
-void launch_owner(const BackwardParams& params) {
-  using Config = Config<T, kHeadDim, kHeadDimV, kOwner>;
-  const int heads = kOwner == Owner::queries ? params.head_count
-                                             : params.head_count / (params.heads / params.kv_heads);
-  launch_tiles<Config>(
-      backward_kernel<T, kHeadDim, kHeadDimV, kOwner>, params,
-      QueryTile::count(params.branch.queries, Config::kTileOwn, heads, params.batch));
+template <class T, int kHeadDim, int kHeadDimV, Sums kSums>
+void launch_sums(const BackwardParams& params) {
+  using Config = Config<T, kHeadDim, kHeadDimV, kSums>;
+  const int heads_together = Config::kOwnsQueries ? 1 : params.heads / params.kv_heads;
+  launch_tiles<Config>(backward_kernel<T, kHeadDim, kHeadDimV, kSums>, params,
+                       QueryTile::count(params.branch.queries, Config::kTileOwn,
+                                        params.head_count / heads_together, params.batch));
 }
 
 template <class T, int kHeadDim, int kHeadDimV>
 void launch(const BackwardParams& params) {
   if (params.owner == Owner::queries) {
-    launch_owner<T, kHeadDim, kHeadDimV, Owner::queries>(params);
+    launch_sums<T, kHeadDim, kHeadDimV, Sums::dq>(params);
+  } else if constexpr (kHeadDim + kHeadDimV <= 256) {
+    launch_sums<T, kHeadDim, kHeadDimV, Sums::dk_dv>(params);
   } else {
-    launch_owner<T, kHeadDim, kHeadDimV, Owner::keys>(params);
+    launch_sums<T, kHeadDim, kHeadDimV, Sums::dk>(params);
+    launch_sums<T, kHeadDim, kHeadDimV, Sums::dv>(params);
   }
 }
 

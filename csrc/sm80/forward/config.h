@@ -15,7 +15,7 @@ struct Config {
   // output of 32 would not fit the registers.
   static constexpr int kWarpQueries = kHeadDimV <= 64 ? 32 : 16;
   static constexpr int kTileQueries = 64;
-  static constexpr int kTileKeys = 64;
+  static constexpr int kTileKeys = kHeadDim + kHeadDimV <= 256 ? 64 : 32;
   static constexpr int kWarps = kTileQueries / kWarpQueries;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kLeastCtas = 8 / kWarps;  // on a multiprocessor: up to 255 registers a lane
