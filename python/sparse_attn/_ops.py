@@ -9,6 +9,7 @@ every path.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -74,10 +75,17 @@ def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -
         raise ValueError(f"the heads of q must be a multiple of the heads of k and v, {shapes}")
     if not (1 <= q.shape[3] <= MAX_HEAD_DIM and 1 <= v.shape[3] <= MAX_HEAD_DIM):
         raise ValueError(f"head_dim must be from 1 to {MAX_HEAD_DIM}, {shapes}")
-    if isinstance(pattern, PerHead) and len(pattern.patterns) != q.shape[1]:
+    check_pattern(pattern, q.shape[1])
+
+
+def check_pattern(pattern: Pattern, heads: int) -> None:
+    """Raises unless a pattern serves that many query heads."""
+    if not isinstance(pattern, Pattern):
+        raise TypeError(f"pattern must be a pattern such as Strided(128), got {pattern!r}")
+    if isinstance(pattern, PerHead) and len(pattern.patterns) != heads:
         raise ValueError(
-            f"PerHead has {len(pattern.patterns)} patterns, q has {q.shape[1]} heads; "
-            "it takes one pattern for each head"
+            f"PerHead takes one pattern for each head, "
+            f"got {len(pattern.patterns)} patterns for {heads} heads"
         )
 
 
@@ -98,6 +106,11 @@ def _scale(scale: float | None, q: torch.Tensor) -> float:
     return 1 / math.sqrt(q.shape[3]) if scale is None else scale
 
 
+def _without_autocast(name: str, device: torch.device) -> AbstractContextManager[Any]:
+    """Keeps autocast, which has chosen the dtype of the inputs, out of a backend's arithmetic."""
+    return nullcontext() if name == "cuda" else torch.autocast(device.type, enabled=False)
+
+
 @torch.library.impl("sparse_attn::forward", "CompositeExplicitAutograd")
 def _forward(
     q: torch.Tensor,
@@ -114,7 +127,8 @@ def _forward(
         warn_once(fallback)
     out, lse = _empty_outputs(q, v)
     if lse.numel():
-        _FORWARD[name](q, k, v, parsed, _scale(scale, q), out, lse)
+        with _without_autocast(name, q.device):
+            _FORWARD[name](q, k, v, parsed, _scale(scale, q), out, lse)
     return out, lse
 
 
@@ -148,8 +162,9 @@ def _backward(
     if lse.numel():
         parsed = parse_pattern(pattern)
         name, _ = choose_backend(q, k, v, parsed, backend)
-        run = _BACKWARD[name]
-        run(dout, dlse, q, k, v, out, lse, parsed, _scale(scale, q), dq, dk, dv)
+        with _without_autocast(name, q.device):
+            run = _BACKWARD[name]
+            run(dout, dlse, q, k, v, out, lse, parsed, _scale(scale, q), dq, dk, dv)
     return dq, dk, dv
 
 

@@ -6,8 +6,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ._ops import MAX_HEAD_DIM, check_pattern
 from .functional import attention
-from .patterns import Pattern
+from .patterns import Pattern, check_size
 
 
 class SelfAttention(nn.Module):
@@ -22,7 +23,8 @@ class SelfAttention(nn.Module):
         kv_heads: key and value heads; divides ``heads``, equals it if None.
         bias: whether the projections have biases.
 
-    Input and output are ``(batch, seq, width)``.
+    Input and output are ``(batch, seq, width)``. Sizes that do not fit raise ValueError, arguments of
+    the wrong type TypeError.
 
     >>> SelfAttention(64, 4, Strided(16))(torch.randn(2, 100, 64)).shape
     torch.Size([2, 100, 64])
@@ -38,13 +40,24 @@ class SelfAttention(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        qk_width, kv_heads = qk_width or width, kv_heads or heads
+        qk_width = width if qk_width is None else qk_width
+        kv_heads = heads if kv_heads is None else kv_heads
+        sizes = {"width": width, "heads": heads, "qk_width": qk_width, "kv_heads": kv_heads}
+        for name, size in sizes.items():
+            check_size(name, size)
         if width % heads or qk_width % heads:
             raise ValueError(
-                f"heads must divide width and qk_width, got {heads}, {width}, {qk_width}"
+                "heads must divide width and qk_width, "
+                f"got heads {heads}, width {width}, qk_width {qk_width}"
             )
         if heads % kv_heads:
-            raise ValueError(f"kv_heads must divide heads, got {kv_heads}, {heads}")
+            raise ValueError(f"kv_heads must divide heads, got kv_heads {kv_heads}, heads {heads}")
+        if max(width, qk_width) // heads > MAX_HEAD_DIM:
+            raise ValueError(
+                f"width / heads and qk_width / heads must be at most {MAX_HEAD_DIM}, "
+                f"got width {width}, qk_width {qk_width}, heads {heads}"
+            )
+        check_pattern(pattern, heads)
         self.heads, self.kv_heads, self.pattern = heads, kv_heads, pattern
         head_dim, head_dim_v = qk_width // heads, width // heads
         self.widths = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim_v]
@@ -52,6 +65,11 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(width, width, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dim() != 3 or x.shape[2] != self.qkv.in_features:
+            raise ValueError(
+                f"SelfAttention takes (batch, seq, width) with width {self.qkv.in_features}, "
+                f"got shape {tuple(x.shape)}"
+            )
         heads = (self.heads, self.kv_heads, self.kv_heads)
         q, k, v = (
             part.unflatten(2, (count, -1)).transpose(1, 2)  # (batch, heads, seq, head_dim), no copy

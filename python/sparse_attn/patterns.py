@@ -98,7 +98,8 @@ def _check_length(n: int) -> int:
     return n
 
 
-def _check_size(name: str, size: int, least: int = 1) -> None:
+def check_size(name: str, size: int, least: int = 1) -> None:
+    """TypeError unless a size is an int (and no bool), ValueError if it is too small."""
     if isinstance(size, bool) or not isinstance(size, int):
         raise TypeError(f"{name} must be an int, got {size!r}")
     if size < least:
@@ -120,7 +121,7 @@ class _Member(Pattern):
 
     def __post_init__(self) -> None:
         for name in self.sizes:
-            _check_size(name, getattr(self, name))
+            check_size(name, getattr(self, name))
         self._check_causal()
 
     def _check_causal(self) -> None:
@@ -263,11 +264,11 @@ class Summary(_Far):
     sizes: ClassVar[tuple[str, ...]] = ("length", "columns", "offset")
 
     def __post_init__(self) -> None:
-        _check_size("length", self.length)
-        _check_size("columns", self.columns)
+        check_size("length", self.length)
+        check_size("columns", self.columns)
         if self.offset is None:
             object.__setattr__(self, "offset", max(self.length - self.columns, 0))
-        _check_size("offset", self.offset, least=0)
+        check_size("offset", self.offset, least=0)
         if self.offset + self.columns > self.length:
             raise ValueError(
                 "offset + columns must be at most length, got "

@@ -11,14 +11,14 @@ template <class T, int kHeadDim_, int kHeadDimV_>
 struct Config {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
-  // With 32 queries a warp, a fragment of keys or values, once loaded, serves two mma; 16 where the
-  // output of 32 would not fit the registers.
-  static constexpr int kWarpQueries = kHeadDimV <= 64 ? 32 : 16;
+  static constexpr int kWarpQueries = 16;  // the rows of one mma
   static constexpr int kTileQueries = 64;
   static constexpr int kTileKeys = kHeadDim + kHeadDimV <= 256 ? 64 : 32;
   static constexpr int kWarps = kTileQueries / kWarpQueries;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kLeastCtas = 8 / kWarps;  // on a multiprocessor: up to 255 registers a lane
+  // On a multiprocessor: bounds the registers of a lane to 128 or 255, the least without spills. At
+  // head dim 64 four CTAs of 16 queries a warp beat four of 32 with half as many warps, on an H100.
+  static constexpr int kLeastCtas = kHeadDimV == 64 ? 4 : 2;
   static constexpr int kStages = 2;  // one key tile is computed while the next one loads
 
   using Scores = RegisterTile<kWarpQueries, kTileKeys>;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The portable forward kernel: one branch of a plan, one CTA per tile of 64 queries.
 //
-// A warp owns 32 queries and holds their running softmax and output in registers. Key and value
+// A warp owns 16 queries and holds their running softmax and output in registers. Key and value
 // tiles stream through two stages of shared memory by cp.async. README.md in this folder has the
 // schedule and the counts.
 #pragma once
