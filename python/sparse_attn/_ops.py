@@ -78,11 +78,11 @@ def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -
     check_pattern(pattern, q.shape[1])
 
 
-def check_pattern(pattern: Pattern, heads: int) -> None:
-    """Raises unless a pattern serves that many query heads."""
+def check_pattern(pattern: Pattern, heads: int | None = None) -> None:
+    """Raises unless it is a pattern, and serves that many query heads if their number is given."""
     if not isinstance(pattern, Pattern):
         raise TypeError(f"pattern must be a pattern such as Strided(128), got {pattern!r}")
-    if isinstance(pattern, PerHead) and len(pattern.patterns) != heads:
+    if heads and isinstance(pattern, PerHead) and len(pattern.patterns) != heads:
         raise ValueError(
             f"PerHead takes one pattern for each head, "
             f"got {len(pattern.patterns)} patterns for {heads} heads"

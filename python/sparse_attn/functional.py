@@ -100,8 +100,7 @@ def _inputs(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k and v in autocast's dtype; refuses in words what the operator's schema would refuse."""
-    if not isinstance(pattern, Pattern):
-        raise TypeError(f"pattern must be a pattern such as Strided(128), got {pattern!r}")
+    _ops.check_pattern(pattern)
     for name, x in (("q", q), ("k", k), ("v", v)):
         # A DTensor is known by its device_mesh: importing its class would double the import time.
         if not isinstance(x, torch.Tensor) or x.is_nested or hasattr(x, "device_mesh"):

@@ -23,8 +23,8 @@ class SelfAttention(nn.Module):
         kv_heads: key and value heads; divides ``heads``, equals it if None.
         bias: whether the projections have biases.
 
-    Input and output are ``(batch, seq, width)``. Sizes that do not fit raise ValueError, arguments of
-    the wrong type TypeError.
+    Input and output are ``(batch, seq, width)``. Sizes that do not fit raise ValueError, arguments
+    of the wrong type TypeError.
 
     >>> SelfAttention(64, 4, Strided(16))(torch.randn(2, 100, 64)).shape
     torch.Size([2, 100, 64])

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
+from .._ops import MAX_HEAD_DIM
+
 WORDS = {
     "pattern": ("dense", "local", "fixed", "strided"),
     "composition": ("merged", "multihead", "interleaved"),
     "positions": ("attention", "data"),
     "initialisation": ("code", "paper"),
 }
-MAX_HEAD_DIM = 256
 
 
 @dataclass(frozen=True)
