@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import combinations
 from typing import Any
 
@@ -226,6 +226,15 @@ def all_pairs_cases() -> tuple[Case, ...]:
     missing = dict.fromkeys(required_pairs())
     used: Counter[tuple[int, str, Any]] = Counter()  # at this n
     cases = []
+
+    def worth(values: dict[str, Any], factor: str, choice: Any) -> tuple[int, int, int]:
+        n = values.get("n", 0)
+        covers = sum(pair in missing for pair in pairs_of({**values, factor: choice}))
+        one_head = choice == (1, 1) and values["kind"].startswith("heads:")
+        costly = n >= 1000 and factor in ("heads", "head_dims")
+        dearness = 1000 if one_head else sum(choice) if costly else 0
+        return covers, -dearness, -used[n, factor, choice]
+
     while missing:
         values: dict[str, Any] = dict(next(iter(missing)))
         for factor, choices in FACTORS.items():
@@ -236,18 +245,7 @@ def all_pairs_cases() -> tuple[Case, ...]:
             elif not has_factor(values["kind"], factor):
                 values[factor] = None
                 continue
-
-            def worth(choice: Any, factor: str = factor) -> tuple[int, int, int]:
-                covers = sum(pair in missing for pair in pairs_of({**values, factor: choice}))
-                one_head = choice == (1, 1) and values["kind"].startswith("heads:")
-                costly = values.get("n", 0) >= 1000 and factor in ("heads", "head_dims")
-                return (
-                    covers,
-                    -1000 if one_head else -sum(choice) if costly else 0,
-                    -used[values.get("n", 0), factor, choice],
-                )
-
-            values[factor] = max(choices, key=worth)
+            values[factor] = max(choices, key=partial(worth, values, factor))
         for pair in pairs_of(values):
             missing.pop(pair, None)
         used.update((values["n"], factor, value) for factor, value in values.items())
@@ -266,7 +264,7 @@ def make_tensor(
     device: str | torch.device = "cpu",
     around: float = math.nan,
 ) -> torch.Tensor:
-    """Standard normal values (batch, heads, seq, dim) in a layout; ``around`` fills the neighbours."""
+    """Standard normal values (batch, heads, seq, dim) in a layout, ``around`` beside them."""
     batch, heads, seq, dim = shape
     values = torch.randn(batch, heads, seq, dim, generator=generator, dtype=torch.float32)
     values = values.to(device=device, dtype=dtype)

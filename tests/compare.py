@@ -43,7 +43,7 @@ def assert_close(
     reference: torch.Tensor | None,
     low: torch.Tensor | None = None,
 ) -> None:
-    """Raise unless ``actual`` is within the rule of ``reference``, with inf and NaN in its places."""
+    """Raise unless ``actual`` keeps to the rule, with inf and NaN where the reference has them."""
     assert actual is not None, f"{name}: nothing came back"
     assert reference is not None, f"{name}: the reference holds nothing"
     assert actual.shape == reference.shape, (

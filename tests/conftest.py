@@ -12,20 +12,27 @@ import torch
 
 NO_GPU = "no CUDA GPU on this machine"
 
-hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
-hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
-hypothesis.settings.load_profile("default")
+hypothesis.settings.register_profile("fresh", deadline=None, print_blob=True)
+hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--seed", type=int, default=None, help="seed of the random data; fresh if absent")
+    parser.addoption(
+        "--seed",
+        default="0",
+        help="seed of the random data and of hypothesis, or 'fresh' for new ones (default: 0)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU, skipped without one")
     config.addinivalue_line("markers", "two_gpus: needs two CUDA GPUs, skipped without them")
-    if config.getoption("--seed") is None:
+    fresh = config.getoption("--seed") == "fresh"
+    if fresh:
         config.option.seed = secrets.randbelow(2**31)
+    hypothesis.settings.load_profile("fresh" if fresh else "fixed")
+    # Threads that wait for each other make small cases slow wherever the cores are shared.
+    torch.set_num_threads(1)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

@@ -20,8 +20,10 @@ Member = tuple[Any, ...]
 Members = tuple[Member, ...]
 
 ROWS_AT_ONCE = 512
+# Sums in fp32 are taken in this many orders, up to these sizes.
 ORDERS = 8
-TERMS_IN_ORDER = 1 << 24
+MOST_TERMS = 512
+MOST_PRODUCTS = 1 << 24
 
 
 def attends(member: Member, causal: bool, i: Any, j: Any) -> Any:
@@ -81,7 +83,7 @@ class Result:
 def in_order_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b in fp32 with each sum taken term by term, the worst of some orders of the terms."""
     terms = a.shape[-1]
-    if terms * a[..., 0].numel() * b.shape[-1] > TERMS_IN_ORDER:
+    if terms > MOST_TERMS or terms * a[..., 0].numel() * b.shape[-1] > MOST_PRODUCTS:
         return a @ b
     orders = torch.stack([torch.randperm(terms, device=a.device) for _ in range(ORDERS)])
     totals = torch.zeros(ORDERS, *a.shape[:-1], b.shape[-1], dtype=a.dtype, device=a.device)
@@ -126,11 +128,14 @@ def attention(
         dout = dout.detach().to(work)
     dlse = torch.zeros_like(lse) if dlse is None else dlse.detach().to(work)
 
+    # Sums over pieces of the queries would be more exact than one long sum in fp32.
+    step = max(seq, 1) if rounding == torch.float32 else ROWS_AT_ONCE
+
     for head in range(heads):
         kv_head = head // group
         head_mask = head_masks[head].to(q.device)
-        for start in range(0, seq, ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
+        for start in range(0, seq, step):
+            rows = slice(start, start + step)
             seen = head_mask[rows].any(0).nonzero().squeeze(1)
             if len(seen) == 0:
                 continue

@@ -119,12 +119,12 @@ def interrupt_at(step: int, patch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in the middle of a step, with a checkpoint after every step before it."""
     from sparse_attn.train import loop
 
-    batch: Callable[[loop.Trainer, int], torch.Tensor] = loop.Trainer.batch
+    batch: Callable[[loop.Trainer, int, float], torch.Tensor] = loop.Trainer.batch
 
-    def interrupted(trainer: loop.Trainer, number: int) -> torch.Tensor:
+    def interrupted(trainer: loop.Trainer, number: int, done: float) -> torch.Tensor:
         if number == step:
             raise KeyboardInterrupt
-        return batch(trainer, number)
+        return batch(trainer, number, done)
 
     patch.setattr(loop.Trainer, "batch", interrupted)
 

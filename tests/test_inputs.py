@@ -36,11 +36,17 @@ def still_usable() -> Iterator[None]:
     yield
     q, k, v = (torch.randn(1, 2, 20, 8, dtype=torch.float64) for _ in range(3))
     mask = oracle.mask((("local", 3), ("dilated", 3)), True, 20)
-    assert_close("out", sa.attention(q, k, v, sa.Strided(3)), oracle.attention(q, k, v, [mask] * 2).out)
+    assert_close(
+        "out", sa.attention(q, k, v, sa.Strided(3)), oracle.attention(q, k, v, [mask] * 2).out
+    )
 
 
 def refused(
-    kind: type[BaseException], words: list[str], call: Callable[..., Any], *arguments: Any, **named: Any
+    kind: type[BaseException],
+    words: list[str],
+    call: Callable[..., Any],
+    *arguments: Any,
+    **named: Any,
 ) -> None:
     """``call`` raises ``kind``, and its message holds all the words."""
     with pytest.raises(kind) as raised:
@@ -162,7 +168,9 @@ def test_mixed_dtypes(odd: int, dtype: torch.dtype, call: Callable[..., Any]) ->
 
 
 @pytest.mark.parametrize("odd", ["q", "k", "v"])
-@pytest.mark.parametrize("value", [None, 3.0, "q", np.zeros((2, 4, 33, 64), dtype=np.float32), [[1.0]]])
+@pytest.mark.parametrize(
+    "value", [None, 3.0, "q", np.zeros((2, 4, 33, 64), dtype=np.float32), [[1.0]]]
+)
 def test_not_a_tensor(odd: str, value: Any, call: Callable[..., Any]) -> None:
     arguments: dict[str, Any] = dict(zip("qkv", tensors(), strict=True))
     arguments[odd] = value
@@ -201,7 +209,9 @@ def test_dtensor(odd: str, call: Callable[..., Any]) -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("pattern", [None, "strided:128", 128, torch.ones(33, 33), sa.Local, [PATTERN]])
+@pytest.mark.parametrize(
+    "pattern", [None, "strided:128", 128, torch.ones(33, 33), sa.Local, [PATTERN]]
+)
 def test_not_a_pattern(pattern: Any, call: Callable[..., Any]) -> None:
     refused(TypeError, ["pattern"], call, *tensors(), pattern)
 

@@ -233,7 +233,7 @@ def test_autocast(pattern: Any, dtype: torch.dtype, device: str) -> None:
         assert sa.which_backend(q, k, v, pattern) == ("cuda" if device == "cuda" else "torch")
     assert out.dtype == dtype and lse.dtype == torch.float32
     low = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
-    wanted = sa.attention(*low, pattern, return_lse=True)
+    wanted = sa.attention(low[0], low[1], low[2], pattern, return_lse=True)
     assert_same_bits("out", out, wanted[0])
     assert_same_bits("lse", lse, wanted[1])
     dout = torch.randn_like(out)
@@ -344,7 +344,7 @@ def test_from_several_threads() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_side_stream(pattern: Any) -> None:
-    """Inputs made on the side stream behind long work: only that stream's order makes them right."""
+    """Inputs come late on the side stream: only that stream's order makes them right."""
     q, k, v = inputs(1000, torch.bfloat16, "cuda")
     wanted = sa.attention(q, k, v, pattern)
     stream = torch.cuda.Stream()
@@ -402,7 +402,9 @@ def test_second_device(backend: str) -> None:
     wanted = sa.attention(q, k, v, PATTERNS[0], return_lse=True, backend=backend)
     other = [x.to("cuda:1").requires_grad_() for x in (q, k, v)]
     assert torch.cuda.current_device() == 0
-    actual = sa.attention(*other, PATTERNS[0], return_lse=True, backend=backend)
+    actual = sa.attention(
+        other[0], other[1], other[2], PATTERNS[0], return_lse=True, backend=backend
+    )
     assert torch.cuda.current_device() == 0
     for a, b in zip(actual, wanted, strict=True):
         assert a.device == torch.device("cuda:1")
@@ -447,7 +449,8 @@ def test_warn_once_for_each_reason() -> None:
 def test_cpu_tensors_bring_no_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        sa.attention(*inputs(dtype=torch.bfloat16), PATTERNS[0])
+        q, k, v = inputs(dtype=torch.bfloat16)
+        sa.attention(q, k, v, PATTERNS[0])
 
 
 @pytest.mark.gpu
@@ -487,8 +490,10 @@ def attention_by_hand(module: Any, x: torch.Tensor, mask: torch.Tensor) -> torch
     return out.transpose(1, 2).flatten(2) @ names["out.weight"].T + names["out.bias"]
 
 
-@pytest.mark.parametrize("options", [{}, {"qk_width": 32}, {"kv_heads": 2}, {"kv_heads": 1}], ids=str)
-def test_module_is_attention_between_projections(options: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"qk_width": 32}, {"kv_heads": 2}, {"kv_heads": 1}], ids=str
+)
+def test_module_is_attention_between_projections(options: dict[str, Any]) -> None:
     module = sa.SelfAttention(64, 4, sa.Fixed(16, 4), **options).double()
     x = torch.randn(2, 50, 64, dtype=torch.float64)
     mask = oracle.mask((("chunk", 16), ("summary", 16, 4, 12)), True, 50)

@@ -49,8 +49,8 @@ def walk(branches: tuple[Branch, ...], n: int) -> np.ndarray:
                     keys = segment.keys
                     assert keys.groups in (1, view.groups)
                     first, last = (int(x) for x in segment.bounds(branch.run, group, query))
-                    assert 0 <= first and last <= int(keys.rows(group))
-                    # Both ends grow with the query: tiles are bounded by their first and last query.
+                    assert first >= 0 and last <= int(keys.rows(group))
+                    # Both ends grow with the query: its first and last query bound a tile.
                     assert first >= before[number][0] and last >= before[number][1]
                     before[number] = (first, last)
                     if first < last:
@@ -128,7 +128,9 @@ def members_of_a_kind(draw: st.DrawFn) -> tuple[oracle.Members, bool, int]:
         st.tuples(st.just("chunk"), SIZES),
     )
     members: list[oracle.Member] = draw(st.lists(near, max_size=4))
-    far = draw(st.sampled_from(["none", "dilated", "summary"] if members else ["dilated", "summary"]))
+    far = draw(
+        st.sampled_from(["none", "dilated", "summary"] if members else ["dilated", "summary"])
+    )
     if far == "dilated":
         members.append(("dilated", draw(SIZES)))
     elif far == "summary":
@@ -180,7 +182,7 @@ def assert_native_covers(pattern: Any, mask: torch.Tensor, tiles: tuple[int, int
 @needs_native
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_native_plan_covers_the_mask(case: Case) -> None:
-    tiles = TILES if case.n <= 257 else TILES[:3]
+    tiles = TILES if case.n <= 257 else TILES[:2] if case.n <= 1000 else TILES[1:2]
     for pattern, mask in head_patterns(case):
         for tile in tiles:
             assert_native_covers(pattern, mask, tile)

@@ -156,7 +156,7 @@ def test_a_union_is_the_union(pair: tuple[Any, Any], n: int) -> None:
 
 # Finite differences.
 
-GRADCHECK = {
+GRADCHECK: dict[str, list[oracle.Members]] = {
     "strided": [(("local", 3), ("dilated", 3))],
     "fixed": [(("chunk", 4), ("summary", 4, 2, 1))],
     "chunk+dilated": [(("chunk", 3), ("dilated", 2))],
@@ -178,15 +178,15 @@ def test_gradcheck_of_attention(name: str, causal: bool, backend: str) -> None:
     v = torch.randn(2, 2, n, 2, dtype=torch.float64, requires_grad=True)
 
     def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
-        out, lse = sa.attention(
-            q, k, v, pattern, scale=0.7, return_lse=True, backend=backend
-        )
+        out, lse = sa.attention(q, k, v, pattern, scale=0.7, return_lse=True, backend=backend)
         return out, lse.masked_fill(empty, 0)
 
     assert torch.autograd.gradcheck(function, (q, k, v))
 
 
-@pytest.mark.parametrize("wanted", [w for w in itertools.product([True, False], repeat=3) if any(w)])
+@pytest.mark.parametrize(
+    "wanted", [w for w in itertools.product([True, False], repeat=3) if any(w)]
+)
 def test_gradcheck_of_some_inputs(wanted: tuple[bool, ...]) -> None:
     tensors = [
         torch.randn(1, heads, 5, 3, dtype=torch.float64, requires_grad=needs)
@@ -224,9 +224,7 @@ def test_gradcheck_of_merge_with_empty_parts() -> None:
 
 def test_gradcheck_through_attention_and_merge() -> None:
     """Two calls on disjoint keys and a merge are one call on the union."""
-    q, k, v = (
-        torch.randn(1, 2, 6, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)
-    )
+    q, k, v = (torch.randn(1, 2, 6, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
 
     def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
         # Chunks of 3 with no summary, and the odd columns of the sequence in another call.

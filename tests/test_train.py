@@ -434,12 +434,22 @@ class TestTrainer:
     def test_batches_are_windows_of_the_training_text(self, random: np.random.Generator) -> None:
         trainer = loop.Trainer(MODEL, TRAINING, text_corpus(random))
         for step in range(5):
-            tokens = trainer.batch(step)
+            tokens = trainer.batch(step, 0.0)
             assert tokens.shape == (2, 64)
             for row in tokens.tolist():
                 assert bytes(row) in trainer.corpus.train
         exact = replace(trainer.corpus, train=trainer.corpus.train[:64])
-        assert bytes(loop.Trainer(MODEL, TRAINING, exact).batch(0)[1].tolist()) == exact.train
+        assert bytes(loop.Trainer(MODEL, TRAINING, exact).batch(0, 0.0)[1].tolist()) == exact.train
+
+    def test_short_windows_at_first(self, random: np.random.Generator) -> None:
+        training = replace(TRAINING, short_share=0.5, short_window=16)
+        trainer = loop.Trainer(MODEL, training, text_corpus(random))
+        for done, shape in ((0.0, (8, 16)), (0.49, (8, 16)), (0.5, (2, 64)), (1.0, (2, 64))):
+            tokens = trainer.batch(3, done)
+            assert tokens.shape == shape
+            assert all(bytes(row) in trainer.corpus.train for row in tokens.tolist())
+        longer = replace(training, short_window=1000)
+        assert loop.Trainer(MODEL, longer, trainer.corpus).batch(0, 0.0).shape == (2, 64)
 
     def test_too_little_text(self, random: np.random.Generator) -> None:
         data = replace(text_corpus(random), train=b"x" * 63)
@@ -474,6 +484,7 @@ class TestTrainer:
             ({"batch": -1}, "batch is -1, wanted more than 0"),
             ({"learning_rate": math.nan}, "learning_rate is nan"),
             ({"seed": -1}, "seed is -1, wanted 0 or more"),
+            ({"short_window": 0}, "short_window is 0, wanted more than 0"),
             ({"precision": "fp8"}, "precision is 'fp8', wanted one of"),
         ],
     )

@@ -43,14 +43,16 @@ class TrainingConfig:
     clip: float = 1.0
     betas: tuple[float, float] = (0.9, 0.99)
     logits_std: float = 0.0  # of the logits' first weights: the paper's 0 wants a long warm-up
+    short_share: float = 0.0  # of the training, at first, on windows shorter than the context
+    short_window: int = 256  # bytes of those windows; a step has as many more of them
     precision: str = "fp32"  # "fp32" | "fp16" | "bf16"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "learning_rate", "clip"):
+        for name in ("steps", "batch", "learning_rate", "clip", "short_window"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, wanted more than 0")
-        for name in ("warmup", "weight_decay", "logits_std", "seed"):
+        for name in ("warmup", "weight_decay", "logits_std", "short_share", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, wanted 0 or more")
         if self.precision not in PRECISIONS:
@@ -117,12 +119,18 @@ class Trainer:
         self.losses: list[float] = []  # bits per byte of every step's batch
         self.validations: list[tuple[int, float]] = []  # (steps taken, bits per byte)
 
-    def batch(self, step: int) -> Tensor:
-        """The windows of text that step number `step` trains on: (batch, context)."""
-        context = self.model.config.context
+    def batch(self, step: int, done: float) -> Tensor:
+        """The windows of text that step number `step` trains on: (batch, context).
+
+        (batch * context // short_window, short_window) at first, see `TrainingConfig`.
+        """
+        context = length = self.model.config.context
+        if done < self.training.short_share:
+            length = min(length, self.training.short_window)
+        count = self.training.batch * context // length
         random = np.random.default_rng([self.training.seed, step])
-        start = random.integers(0, len(self.text) - context + 1, self.training.batch)
-        windows = self.text[start[:, None] + np.arange(context)]
+        start = random.integers(0, len(self.text) - length + 1, count)
+        windows = self.text[start[:, None] + np.arange(length)]
         return torch.from_numpy(windows.astype(np.int64)).to(self.device)
 
     def step(self, done: float | None = None) -> float:
@@ -136,7 +144,7 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = self.training.learning_rate_at(self.step_number, done)
         self.model.train()
-        tokens = self.batch(self.step_number)
+        tokens = self.batch(self.step_number, done)
         with autocast(self.device, self.training.precision):
             loss = losses(self.model, tokens).mean()
         bits = loss.item() / math.log(2)
