@@ -388,7 +388,9 @@ def test_empty_batch() -> None:
 )
 def test_compiles_twice_for_seven_lengths(composition: str, recompute: bool, device: str) -> None:
     torch._dynamo.reset()
-    values = config(composition=composition, recompute=recompute, dropout=0.3, summary_blocks=2)
+    # On a GPU a compiled recomputation draws its dropout from a random state of its own.
+    dropout = 0.3 if device == "cpu" else 0.0
+    values = config(composition=composition, recompute=recompute, dropout=dropout, summary_blocks=2)
     model = build(values).to(device)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)

@@ -384,11 +384,12 @@ def test_cuda_graph(pattern: Any) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 def test_no_synchronisation() -> None:
     q, k, v = inputs(500, torch.bfloat16, "cuda", requires_grad=True)
     sa.attention(q, k, v, PATTERNS[1], backend="cuda")
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         sa.attention(q, k, v, PATTERNS[1], backend="cuda")
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -91,10 +91,9 @@ def check_pattern(pattern: Pattern, heads: int | None = None) -> None:
 
 def _empty(x: torch.Tensor, head_dim: int) -> torch.Tensor:
     """An output ``(batch, heads, seq, head_dim)`` with dense rows, in the memory order of ``x``."""
-    batch, heads, seq, _ = x.shape
-    if x.stride(1) < x.stride(2):  # (batch, seq, heads, head_dim) in memory
-        return x.new_empty((batch, seq, heads, head_dim)).transpose(1, 2)
-    return x.new_empty((batch, heads, seq, head_dim))
+    order = sorted(range(3), key=lambda dim: -x.stride(dim))  # outermost first
+    dense = x.new_empty([*(x.shape[dim] for dim in order), head_dim])
+    return dense.permute(*(order.index(dim) for dim in range(3)), 3)
 
 
 def _empty_outputs(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
