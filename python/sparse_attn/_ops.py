@@ -91,7 +91,7 @@ def check_pattern(pattern: Pattern, heads: int | None = None) -> None:
 
 def _empty(x: torch.Tensor, head_dim: int) -> torch.Tensor:
     """An output ``(batch, heads, seq, head_dim)`` with dense rows, in the memory order of ``x``."""
-    order = sorted(range(3), key=lambda dim: -x.stride(dim))  # outermost first
+    order = sorted(range(3), key=lambda dim: -x.stride()[dim])  # outermost first
     dense = x.new_empty([*(x.shape[dim] for dim in order), head_dim])
     return dense.permute(*(order.index(dim) for dim in range(3)), 3)
 
