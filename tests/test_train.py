@@ -401,6 +401,7 @@ class TestTrainer:
         with pytest.raises(CheckpointError, match=r"start is None, wanted \(32,\)"):
             checkpoint.load_weights(saved, trainer.model)
 
+    @pytest.mark.filterwarnings("ignore:sparse_attn runs on the torch backend")
     @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
     def test_learns(self, random: np.random.Generator, device: str, precision: str) -> None:
         training = replace(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference backend: ``pattern.mask(n)`` and a plain softmax. Slow, and obviously right.
+"""The reference backend: ``pattern.mask(n)`` and a plain softmax in fp64. Slow, and obviously right.
 
 Costs O(n^2) time and memory. With ``rounding`` it is also the yardstick of the tolerance rule:
 the error that the number format alone makes.
@@ -58,7 +58,7 @@ def forward(
     lse: torch.Tensor,
 ) -> None:
     mask = pattern.mask(q.shape[2]).to(q.device)
-    result, result_lse = attention(q, k, v, mask, scale, dtype=lse.dtype)
+    result, result_lse = attention(q, k, v, mask, scale)
     out.copy_(result)
     lse.copy_(result_lse)
 
@@ -78,7 +78,7 @@ def backward(
     dv: torch.Tensor,
 ) -> None:
     """dS = P * (dP - delta) with delta = rowsum(dout * out) - dlse, from the saved lse."""
-    dtype = lse.dtype
+    dtype, lse = torch.float64, lse.double()
     mask = pattern.mask(q.shape[2]).to(q.device)
     q_, dout_, out_ = q.to(dtype), dout.to(dtype), out.to(dtype)
     k_, v_ = (_seen(per_query_head(x.to(dtype), q), mask) for x in (k, v))

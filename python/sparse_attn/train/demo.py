@@ -16,7 +16,7 @@ from ..model.composition import layer_pattern
 from .baselines import count_model_bits, xz_bits
 from .checkpoint import import_safetensors
 from .corpus import Corpus, load_corpus, standard_library
-from .loop import PRECISIONS, Trainer, make_console, pick_device, preset, train
+from .loop import PRECISIONS, Trainer, autocast, make_console, pick_device, preset, train
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -148,7 +148,7 @@ def print_sample(trainer: Trainer, console: Console) -> None:
     prompt = torch.tensor([list(PROMPT)], device=trainer.device)
     generator = torch.Generator(trainer.device).manual_seed(trainer.training.seed)
     length = min(SAMPLE_LENGTH, trainer.model.config.context - len(PROMPT))
-    with console.status("sampling"):
+    with console.status("sampling"), autocast(trainer.device, trainer.training.precision):
         tokens = trainer.model.generate(prompt, length, temperature=0.8, generator=generator)
     text = bytes(tokens[0].tolist()).decode("utf-8", "replace")
     console.rule(f"a sample, after {PROMPT.decode()!r}")
