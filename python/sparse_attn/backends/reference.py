@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference backend: ``pattern.mask(n)`` and a plain softmax in fp64. Slow, and obviously right.
+"""The reference backend: ``pattern.mask(n)`` and a plain softmax, fp64. Slow and obviously right.
 
 Costs O(n^2) time and memory. With ``rounding`` it is also the yardstick of the tolerance rule:
 the error that the number format alone makes.
