@@ -178,7 +178,8 @@ class Case:
     def batch(self) -> int:
         """Enough rows that the largest rounding error of a small case is not a matter of luck."""
         rows = 2048 if self.dtype == torch.float32 else 256
-        return 1 if self.n >= 1000 else max(2, math.ceil(rows / (self.n * self.heads[0])))
+        least = 2 if self.n < 1000 else 1
+        return max(least, math.ceil(rows / (self.n * self.heads[0])))
 
 
 def to_pattern(members: Members, causal: bool) -> Any:
@@ -232,7 +233,9 @@ def all_pairs_cases() -> tuple[Case, ...]:
         covers = sum(pair in missing for pair in pairs_of({**values, factor: choice}))
         one_head = choice == (1, 1) and values["kind"].startswith("heads:")
         costly = n >= 1000 and factor in ("heads", "head_dims")
-        dearness = 1000 if one_head else sum(choice) if costly else 0
+        # Enough elements for a fair largest error, few enough to be quick.
+        wanted = 64 if factor == "head_dims" else 2
+        dearness = 1000 if one_head else abs(sum(choice) - wanted) if costly else 0
         return covers, -dearness, -used[n, factor, choice]
 
     while missing:

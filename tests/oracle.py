@@ -20,7 +20,7 @@ Member = tuple[Any, ...]
 Members = tuple[Member, ...]
 
 ROWS_AT_ONCE = 512
-# Sums in fp32 are taken in this many orders, up to these sizes.
+# Sums in fp32 are taken term by term in this many orders, up to these sizes.
 ORDERS = 8
 MOST_TERMS = 512
 MOST_PRODUCTS = 1 << 24
@@ -80,18 +80,25 @@ class Result:
     dv: torch.Tensor | None = None  # like v
 
 
-def in_order_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b in fp32 with each sum taken term by term, the worst of some orders of the terms."""
+def product_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b in fp32, each sum the worst of some random orders of its terms."""
     terms = a.shape[-1]
-    if terms > MOST_TERMS or terms * a[..., 0].numel() * b.shape[-1] > MOST_PRODUCTS:
-        return a @ b
-    orders = torch.stack([torch.randperm(terms, device=a.device) for _ in range(ORDERS)])
-    totals = torch.zeros(ORDERS, *a.shape[:-1], b.shape[-1], dtype=a.dtype, device=a.device)
-    left, right = a[..., orders].movedim(-2, 0), b[..., orders, :].movedim(-3, 0)
-    for term in range(terms):
-        totals.addcmul_(left[..., term, None], right[..., None, term, :])
-    errors = (totals.double() - a.double() @ b.double()).abs()
-    return totals.gather(0, errors.argmax(0, keepdim=True)).squeeze(0)
+    exact = a.double() @ b.double()
+    term_by_term = terms * exact.numel() <= MOST_PRODUCTS and terms <= MOST_TERMS
+    worst, worst_error = exact.float(), torch.full_like(exact, -1)
+    for _ in range(ORDERS if term_by_term else 2):
+        order = torch.randperm(terms, device=a.device)
+        left, right = a[..., order], b[..., order, :]
+        if term_by_term:
+            total = torch.zeros_like(worst)
+            for term in range(terms):
+                total.addcmul_(left[..., term, None], right[..., None, term, :])
+        else:
+            total = left @ right
+        error = (total - exact).abs()
+        worst = torch.where(error > worst_error, total, worst)
+        worst_error = torch.maximum(error, worst_error)
+    return worst
 
 
 def attention(
@@ -112,7 +119,7 @@ def attention(
     has out 0, lse -inf and zero gradients.
     """
     work = torch.float64 if rounding is None else torch.float32
-    product = in_order_product if rounding == torch.float32 else torch.matmul
+    product = product_fp32 if rounding == torch.float32 else torch.matmul
 
     def rounded(x: torch.Tensor) -> torch.Tensor:
         return x if rounding is None else x.to(rounding).to(work)

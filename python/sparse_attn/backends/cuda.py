@@ -44,7 +44,7 @@ def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Patt
 def _no_kernels(device: torch.device) -> str | None:
     """Why a device has no kernels."""
     try:
-        architectures = _architectures()
+        architectures = native().build_info()["architectures"]
     except ImportError as error:
         return f"the native module is missing ({error})"
     if not architectures:
@@ -83,11 +83,6 @@ def _no_kernel(
         if chunks > native().max_chunks:
             return f"a union of {chunks} chunk lengths, the kernels take {native().max_chunks}"
     return None
-
-
-@cache
-def _architectures() -> str:
-    return str(native().build_info()["architectures"])
 
 
 @cache

@@ -162,10 +162,12 @@ def pictures(trainer: Trainer, baselines: Mapping[str, float]) -> dict[str, Figu
     text = trainer.corpus.validation[: config.context]
     layer = config.layers - 1
     position = len(text) * 7 // 8
+    with autocast(trainer.device, trainer.training.precision):
+        attention = plot.plot_learned_attention(trainer.model, text, position, layer)
     return {
         "loss.png": plot.plot_loss(trainer.losses, trainer.validations, baselines),
         "connectivity.png": plot.plot_connectivity(),
-        "attention.png": plot.plot_learned_attention(trainer.model, text, position, layer),
+        "attention.png": attention,
     }
 
 
