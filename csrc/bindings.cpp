@@ -23,23 +23,28 @@ namespace {
 
 SequenceView sequence_view(int length, int groups, int max_rows, int offset, int group_step,
                            int run, int run_stride) {
-  return {length, groups, max_rows, offset, group_step, run, run_stride};
+  return {length, groups, max_rows, offset, group_step, Divisor::of(run), Divisor::of(run_stride)};
 }
 
 Run make_run(int length, int window, const std::vector<int>& chunks, bool past, bool future) {
   if (chunks.size() > kMaxChunks) throw py::value_error("too many chunk lengths");
   Run run{length, window, {}, static_cast<int>(chunks.size()), past, future};
-  for (size_t i = 0; i < chunks.size(); ++i) run.chunks[i] = chunks[i];
+  for (size_t i = 0; i < chunks.size(); ++i) run.chunks[i] = Divisor::of(chunks[i]);
   return run;
 }
 
 Branch make_branch(const SequenceView& queries, const Run& run,
-                   const std::vector<std::pair<SequenceView, int>>& segments) {
+                   const std::vector<std::pair<SequenceView, int>>& segments, int block) {
   if (segments.size() > kMaxSegments) throw py::value_error("too many segments");
-  Branch branch{queries, run, {}, static_cast<int>(segments.size())};
+  Branch branch{queries, run, {}, static_cast<int>(segments.size()), {block, 0, 0, nullptr}};
   for (size_t i = 0; i < segments.size(); ++i) {
     branch.segments[i] = {segments[i].first, static_cast<Part>(segments[i].second)};
   }
+  return branch;
+}
+
+Branch with_blocks(Branch branch, int64_t rows, int words, int64_t head_stride) {
+  branch.blocks = {branch.blocks.size, words, head_stride, reinterpret_cast<const uint32_t*>(rows)};
   return branch;
 }
 
@@ -61,7 +66,7 @@ py::dict build_info() {
 using TensorArgument = std::array<int64_t, 4>;  // pointer; batch, head and row stride in elements
 
 TensorView tensor_view(const TensorArgument& tensor) {
-  return {reinterpret_cast<void*>(tensor[0]), tensor[1], tensor[2], tensor[3]};
+  return {reinterpret_cast<void*>(tensor[0]), tensor[1], tensor[2], static_cast<int>(tensor[3])};
 }
 
 template <class Pointer>
@@ -121,9 +126,9 @@ void launch_row_stats(const TensorArgument& out, const TensorArgument& dout, int
 void launch_backward(const TensorArgument& q, const TensorArgument& k, const TensorArgument& v,
                      const TensorArgument& dout, const TensorArgument& dq, const TensorArgument& dk,
                      const TensorArgument& dv, int64_t stats, int batch, int heads, int first_head,
-                     int head_count, int kv_heads, int seq, int head_dim, int head_dim_v,
-                     float scale, bool bfloat16, bool keys_own, const Branch& branch,
-                     bool accumulate, int device, int64_t stream) {
+                     int head_count, int heads_together, int kv_heads, int seq, int head_dim,
+                     int head_dim_v, float scale, bool bfloat16, bool keys_own,
+                     const Branch& branch, bool accumulate, int device, int64_t stream) {
   BackwardParams params{};
   params.q = tensor_view(q);
   params.k = tensor_view(k);
@@ -137,6 +142,7 @@ void launch_backward(const TensorArgument& q, const TensorArgument& k, const Ten
   params.heads = heads;
   params.first_head = first_head;
   params.head_count = head_count;
+  params.heads_together = heads_together;
   params.kv_heads = kv_heads;
   params.seq_q = params.seq_k = seq;
   params.head_dim = head_dim;
@@ -149,6 +155,24 @@ void launch_backward(const TensorArgument& q, const TensorArgument& k, const Ten
   params.device = device;
   params.stream = pointer<void*>(stream);
   backward(params);
+}
+
+void launch_block_rows(const TensorArgument& layout, int64_t rows, int heads, int blocks, int words,
+                       bool past, bool future, int device, int64_t stream) {
+  BlockRowsParams params{};
+  params.layout = pointer<const bool*>(layout[0]);
+  params.head_stride = layout[1];
+  params.row_stride = layout[2];
+  params.column_stride = layout[3];
+  params.rows = pointer<uint32_t*>(rows);
+  params.heads = heads;
+  params.blocks = blocks;
+  params.words = words;
+  params.past = past;
+  params.future = future;
+  params.device = device;
+  params.stream = pointer<void*>(stream);
+  block_rows(params);
 }
 #endif
 
@@ -163,7 +187,10 @@ PYBIND11_MODULE(_C, module) {
       .def(py::init(&make_run), py::kw_only(), py::arg("length"), py::arg("window"),
            py::arg("chunks"), py::arg("past"), py::arg("future"));
   py::class_<Branch>(module, "Branch")
-      .def(py::init(&make_branch), py::arg("queries"), py::arg("run"), py::arg("segments"));
+      .def(py::init(&make_branch), py::arg("queries"), py::arg("run"), py::arg("segments"),
+           py::arg("block"))
+      .def("with_blocks", &with_blocks, py::kw_only(), py::arg("rows"), py::arg("words"),
+           py::arg("head_stride"));
   module.def("cover", &cover_bytes, py::arg("branches"), py::arg("length"), py::arg("tile_queries"),
              py::arg("tile_keys"));
   module.def("build_info", &build_info);
@@ -176,6 +203,9 @@ PYBIND11_MODULE(_C, module) {
              py::arg("first_head"), py::arg("head_count"), py::arg("kv_heads"), py::arg("seq"),
              py::arg("head_dim"), py::arg("head_dim_v"), py::arg("scale"), py::arg("bfloat16"),
              py::arg("branch"), py::arg("merge"), py::arg("device"), py::arg("stream"));
+  module.def("block_rows", &launch_block_rows, py::kw_only(), py::arg("layout"), py::arg("rows"),
+             py::arg("heads"), py::arg("blocks"), py::arg("words"), py::arg("past"),
+             py::arg("future"), py::arg("device"), py::arg("stream"));
   module.def("row_stats", &launch_row_stats, py::kw_only(), py::arg("out"), py::arg("dout"),
              py::arg("lse"), py::arg("dlse"), py::arg("stats"), py::arg("batch"), py::arg("heads"),
              py::arg("seq"), py::arg("head_dim_v"), py::arg("bfloat16"), py::arg("device"),
@@ -183,8 +213,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("backward", &launch_backward, py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"),
              py::arg("dout"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("stats"),
              py::arg("batch"), py::arg("heads"), py::arg("first_head"), py::arg("head_count"),
-             py::arg("kv_heads"), py::arg("seq"), py::arg("head_dim"), py::arg("head_dim_v"),
-             py::arg("scale"), py::arg("bfloat16"), py::arg("keys_own"), py::arg("branch"),
-             py::arg("accumulate"), py::arg("device"), py::arg("stream"));
+             py::arg("heads_together"), py::arg("kv_heads"), py::arg("seq"), py::arg("head_dim"),
+             py::arg("head_dim_v"), py::arg("scale"), py::arg("bfloat16"), py::arg("keys_own"),
+             py::arg("branch"), py::arg("accumulate"), py::arg("device"), py::arg("stream"));
 #endif
 }

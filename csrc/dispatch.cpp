@@ -8,6 +8,7 @@
 
 #include "check.h"
 #include "sm80/backward/launch.h"
+#include "sm80/block_rows.h"
 #include "sm80/forward/launch.h"
 
 namespace sparse_attn {
@@ -78,6 +79,11 @@ class DeviceGuard {
 };
 
 }  // namespace
+
+void block_rows(const BlockRowsParams& params) {
+  const DeviceGuard guard(params.device);
+  sm80::launch_block_rows(params);
+}
 
 void forward(const ForwardParams& params) {
   const Kernel<ForwardParams>& kernel = choose(kForwardKernels, params);

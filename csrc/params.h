@@ -16,7 +16,7 @@ struct TensorView {
   void* data;
   int64_t batch_stride;
   int64_t head_stride;
-  int64_t row_stride;
+  int row_stride;
 };
 
 struct ForwardParams {
@@ -88,8 +88,11 @@ struct BackwardParams {
   int batch;
   int heads;       // of the tensors
   int first_head;  // of this launch, a query head
-  int head_count;  // of this launch, query heads; whole groups of a kv head for dk and dv
-  int kv_heads;    // divides heads
+  int head_count;  // of this launch, query heads
+  // Query heads whose gradients are summed: 1 for dq. For dk and dv the group of a kv head; or 1 if
+  // they have a head for each query head.
+  int heads_together;
+  int kv_heads;  // divides heads
   int seq_q;
   int seq_k;           // equals seq_q
   int first_position;  // of the first query; 0
@@ -103,6 +106,25 @@ struct BackwardParams {
   Branch branch;  // transposed if keys own: its queries are the keys
   // Add to what the gradients already hold: the branches before this one.
   bool accumulate;
+
+  int device;
+  void* stream;  // cudaStream_t
+};
+
+// Packs a layout of blocks into the rows of a branch.
+struct BlockRowsParams {
+  const bool* layout;  // (heads, blocks, blocks) in any memory order
+  int64_t head_stride;
+  int64_t row_stride;     // between blocks of the rows' side
+  int64_t column_stride;  // between blocks of the other side
+  uint32_t* rows;         // (heads, blocks, words)
+
+  int heads;
+  int blocks;
+  int words;
+  // Which side of the diagonal a row attends; see Run.
+  bool past;
+  bool future;
 
   int device;
   void* stream;  // cudaStream_t

@@ -181,9 +181,101 @@ class Case:
         least = 2 if self.n < 1000 else 1
         return max(least, math.ceil(rows / (self.n * self.heads[0])))
 
+    def pattern_on(self, device: str | torch.device) -> Any:
+        """The pattern for inputs on a device."""
+        return self.pattern
+
+
+# Blocks: which of them a layout keeps.
+
+Kept = tuple[tuple[bool, ...], ...]  # [query block][key block]
+
+BLOCK_LAYOUTS = ("some", "heads", "gaps", "empty", "full")
+BLOCK_FACTORS: dict[str, tuple[Any, ...]] = {
+    "block": (16, 32, 64, 128),
+    "blocks": BLOCK_LAYOUTS,
+    # One block or less; a last block of one row; more than 32 blocks of 16.
+    "n": (1, 31, 64, 129, 577),
+    "causal": (True, False),
+    "heads": FACTORS["heads"],
+    "head_dims": ((64, 64), (32, 32), (72, 72), (128, 128), (256, 256), (64, 128), (9, 5)),
+    "layout": FACTORS["layout"],
+    "dtype": FACTORS["dtype"],
+}
+
+
+@dataclass(frozen=True)
+class BlockCase(Case):
+    """A case of `BlockSparse`; ``blocks`` says which are kept, ``layout`` the memory layout."""
+
+    block: int
+    blocks: str
+
+    def __str__(self) -> str:
+        words = super().__str__().split("-")
+        return "-".join([f"block{self.block}", self.blocks, *words[1:]])
+
+    @property
+    def count(self) -> int:
+        """Blocks to a side."""
+        return -(-self.n // self.block)
+
+    @property
+    def kept(self) -> tuple[Kept, ...]:
+        """The layout: one for all heads, or one for each."""
+        generator = torch.Generator().manual_seed(self.count)
+        heads = self.heads[0] if self.blocks == "heads" else 1
+        densities = {"empty": (0.0,), "full": (1.1,), "heads": (0.1, 0.8, 0.0, 0.4)}
+        density = densities.get(self.blocks, (0.5,))
+        drawn = torch.rand(heads, self.count, self.count, generator=generator)
+        kept = torch.stack([drawn[head] < density[head % 4] for head in range(heads)])
+        if self.blocks == "gaps":  # queries without a block, and keys that no query attends
+            kept[:, 1::3] = False
+            kept[:, :, ::4] = False
+        return tuple(tuple(map(tuple, head.tolist())) for head in kept)
+
+    @property
+    def head_members(self) -> tuple[Members, ...]:
+        kept = self.kept
+        return tuple(
+            (("blocks", self.block, kept[head % len(kept)]),) for head in range(self.heads[0])
+        )
+
+    @property
+    def per_head(self) -> bool:
+        return len(self.kept) > 1
+
+    @property
+    def pattern(self) -> Any:
+        return self.pattern_on("cpu")
+
+    def pattern_on(self, device: str | torch.device) -> Any:
+        import sparse_attn as sa
+
+        layout = torch.tensor(self.kept, device=device)
+        return sa.BlockSparse(layout, self.block, causal=self.causal)
+
+
+def a_block_case(**changes: Any) -> BlockCase:
+    values: dict[str, Any] = {
+        "kind": "blocks",
+        "n": 129,
+        "size": None,
+        "columns": None,
+        "offset": None,
+        "causal": True,
+        "heads": (4, 2),
+        "head_dims": (64, 64),
+        "layout": "head-major",
+        "dtype": torch.float32,
+        "block": 32,
+        "blocks": "heads",
+    }
+    return BlockCase(**{**values, **changes})
+
 
 def to_pattern(members: Members, causal: bool) -> Any:
-    """The union of the members as a sparse_attn pattern."""
+    """The union of the members, or the one member of blocks, as a sparse_attn pattern."""
     import sparse_attn as sa
 
     constructors: dict[str, Callable[..., Any]] = {
@@ -192,6 +284,9 @@ def to_pattern(members: Members, causal: bool) -> Any:
         "chunk": sa.Chunk,
         "dilated": sa.Dilated,
         "summary": sa.Summary,
+        "blocks": lambda block, kept, causal: sa.BlockSparse(
+            torch.tensor(kept)[None], block, causal=causal
+        ),
     }
     first, *others = (constructors[kind](*sizes, causal=causal) for kind, *sizes in members)
     for other in others:
@@ -219,6 +314,46 @@ def pairs_of(values: dict[str, Any]) -> set[tuple[tuple[str, Any], tuple[str, An
     """The pairs of a complete or partial assignment, in the order of FACTORS."""
     held = [(f, values[f]) for f in FACTORS if values.get(f) is not None]
     return set(combinations(held, 2))
+
+
+def pairs_of_blocks(values: dict[str, Any]) -> set[tuple[tuple[str, Any], tuple[str, Any]]]:
+    """The pairs of an assignment of BLOCK_FACTORS."""
+    return set(combinations([(f, values[f]) for f in BLOCK_FACTORS if f in values], 2))
+
+
+@lru_cache(maxsize=1)
+def block_cases() -> tuple[BlockCase, ...]:
+    """Every pair of values of BLOCK_FACTORS: take the first missing pair, then what covers most.
+
+    And one with more than 64 blocks.
+    """
+    complete = combinations(BLOCK_FACTORS.items(), 2)
+    missing = dict.fromkeys(
+        ((f, a), (g, b))
+        for (f, f_values), (g, g_values) in complete
+        for a in f_values
+        for b in g_values
+    )
+    used: Counter[tuple[str, Any]] = Counter()
+    cases = [a_block_case(n=1057, block=16, heads=(2, 1), dtype=torch.bfloat16)]
+
+    def worth(values: dict[str, Any], factor: str, choice: Any) -> tuple[int, int, int]:
+        covers = sum(pair in missing for pair in pairs_of_blocks({**values, factor: choice}))
+        costly = values.get("n", 0) > 500 and factor in ("heads", "head_dims")
+        return covers, -sum(choice) if costly else 0, -used[factor, choice]
+
+    while missing:
+        values: dict[str, Any] = {}
+        for factor, value in next(iter(missing)):
+            values[factor] = value
+        for factor, choices in BLOCK_FACTORS.items():
+            if factor not in values:
+                values[factor] = max(choices, key=partial(worth, values, factor))
+        for pair in pairs_of_blocks(values):
+            missing.pop(pair, None)
+        used.update(values.items())
+        cases.append(a_block_case(**values))
+    return tuple(sorted(cases, key=lambda case: (case.n, case.block)))
 
 
 @lru_cache(maxsize=1)

@@ -2,7 +2,9 @@
 """Brute force: masks from the set definitions over (i, j), attention from the masks.
 
 Nothing here uses sparse_attn. A pattern is a list of members such as ("local", 16) or
-("summary", 64, 8, 56); a union of members is the union of their key sets.
+("summary", 64, 8, 56); a union of members is the union of their key sets. A layout of blocks is
+("blocks", 16, ((True, False), (True, True))): tokens in a block, then the key blocks of each query
+block.
 """
 
 from __future__ import annotations
@@ -43,6 +45,11 @@ def attends(member: Member, causal: bool, i: Any, j: Any) -> Any:
     elif kind == "summary":
         length, columns, offset = sizes
         seen = (offset <= j % length) & (j % length < offset + columns) & (i >= 0)
+    elif kind == "blocks":
+        block, kept = sizes
+        on_device = isinstance(i, torch.Tensor)
+        table: Any = torch.tensor(kept, device=i.device) if on_device else np.array(kept)
+        seen = table[i // block, j // block]
     else:
         raise AssertionError(f"no member kind {kind!r}")
     return seen & (j <= i) if causal else seen

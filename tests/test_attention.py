@@ -6,6 +6,8 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -14,10 +16,20 @@ import torch
 
 import oracle
 import sparse_attn as sa
-from cases import Case, Inputs, all_pairs_cases, make_inputs, make_tensor
+from cases import (
+    Case,
+    Inputs,
+    a_block_case,
+    all_pairs_cases,
+    block_cases,
+    make_inputs,
+    make_tensor,
+    to_pattern,
+)
 from compare import assert_close, assert_same_bits
 
 CASES = all_pairs_cases()
+BLOCK_CASES = block_cases()
 RESULTS = ("out", "lse", "dq", "dk", "dv")
 
 # What the native kernels must run: multiples of 8 within one of these.
@@ -130,9 +142,12 @@ KEY_CASES = [
     a_case(kind="summary", columns="1", offset="default", dtype=torch.bfloat16),
     a_case(kind="heads:mixed", columns="quarter", offset="0", dtype=torch.float16),
 ]
-
-
-# The oracle and the comparison themselves.
+KEY_BLOCK_CASES = [
+    a_block_case(dtype=torch.bfloat16),
+    a_block_case(block=16, blocks="gaps", causal=False, dtype=torch.float16),
+    a_block_case(block=64, blocks="gaps", n=193, dtype=torch.float64),
+]
+SPECIAL_CASES = [*KEY_CASES, *KEY_BLOCK_CASES]
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.n <= 65 and c.n % 2], ids=str)
@@ -198,7 +213,7 @@ def test_bits_differ() -> None:
         assert_same_bits("zero", torch.zeros(1), -torch.zeros(1))
 
 
-@pytest.mark.parametrize("case", KEY_CASES, ids=str)
+@pytest.mark.parametrize("case", SPECIAL_CASES, ids=str)
 def test_reference_rounding_is_the_rounded_oracle(case: Case, seed: int) -> None:
     """The reference backend with ``rounding`` makes errors like the oracle's, and none in fp64."""
     from sparse_attn.backends.reference import attention
@@ -223,19 +238,19 @@ def test_reference_rounding_is_the_rounded_oracle(case: Case, seed: int) -> None
 # Every pair of values.
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *BLOCK_CASES], ids=str)
 def test_matches_the_oracle(case: Case, device_backend: tuple[str, str], session_seed: int) -> None:
     device, backend = device_backend
     seed = zlib.crc32(f"{session_seed}:{case}".encode())
     x = make_inputs(case, seed, device)
     if backend == "cuda" and not runs_natively(case):
-        assert sa.which_backend(x.q, x.k, x.v, case.pattern) == "torch"
+        assert sa.which_backend(x.q, x.k, x.v, case.pattern_on(device)) == "torch"
         came = str(case.dtype) if case.dtype not in NATIVE_DTYPES else str(case.head_dims[0])
         with pytest.raises((RuntimeError, TypeError, ValueError), match=rf"cuda.*\b{came}\b"):
-            sa.attention(x.q, x.k, x.v, case.pattern, backend="cuda")
+            sa.attention(x.q, x.k, x.v, case.pattern_on(device), backend="cuda")
         return
     exact, low = expected(case, seed, device)
-    actual = run(x, case.pattern, backend)
+    actual = run(x, case.pattern_on(device), backend)
     assert_all_close(actual, exact, low)
     out, lse = actual["out"], actual["lse"]
     assert out is not None and lse is not None
@@ -245,30 +260,33 @@ def test_matches_the_oracle(case: Case, device_backend: tuple[str, str], session
 
 
 @pytest.mark.filterwarnings("ignore:sparse_attn runs on the torch backend")
-@pytest.mark.parametrize("case", KEY_CASES, ids=str)
+@pytest.mark.parametrize("case", SPECIAL_CASES, ids=str)
 def test_default_backend(case: Case, device: str, seed: int) -> None:
     x = make_inputs(case, seed, device)
     wanted = "cuda" if device == "cuda" and runs_natively(case) else "torch"
-    assert sa.which_backend(x.q, x.k, x.v, case.pattern) == wanted
-    for name, tensor in run(x, case.pattern, None).items():
-        assert_same_bits(name, tensor, run(x, case.pattern, wanted)[name])
+    assert sa.which_backend(x.q, x.k, x.v, case.pattern_on(device)) == wanted
+    for name, tensor in run(x, case.pattern_on(device), None).items():
+        assert_same_bits(name, tensor, run(x, case.pattern_on(device), wanted)[name])
 
 
-@pytest.mark.parametrize("case", KEY_CASES, ids=str)
+@pytest.mark.parametrize("case", SPECIAL_CASES, ids=str)
 def test_without_lse(case: Case, device_backend: tuple[str, str], seed: int) -> None:
     device, backend = device_backend
     x = make_inputs(case, seed, device)
-    alone = sa.attention(x.q, x.k, x.v, case.pattern, backend=backend)
+    alone = sa.attention(x.q, x.k, x.v, case.pattern_on(device), backend=backend)
     assert isinstance(alone, torch.Tensor)
-    out, _ = sa.attention(x.q, x.k, x.v, case.pattern, return_lse=True, backend=backend)
+    out, _ = sa.attention(x.q, x.k, x.v, case.pattern_on(device), return_lse=True, backend=backend)
     assert_same_bits("out", alone, out)
 
 
-@pytest.mark.parametrize("case", KEY_CASES, ids=str)
+@pytest.mark.parametrize("case", SPECIAL_CASES, ids=str)
 def test_same_bits_twice(case: Case, device_backend: tuple[str, str], seed: int) -> None:
     device, backend = device_backend
     x = make_inputs(case, seed, device)
-    first, second = run(x, case.pattern, backend), run(x, case.pattern, backend)
+    first, second = (
+        run(x, case.pattern_on(device), backend),
+        run(x, case.pattern_on(device), backend),
+    )
     for name in RESULTS:
         assert_same_bits(name, first[name], second[name])
 
@@ -276,13 +294,13 @@ def test_same_bits_twice(case: Case, device_backend: tuple[str, str], seed: int)
 # Special inputs.
 
 
-@pytest.mark.parametrize("case", KEY_CASES, ids=str)
+@pytest.mark.parametrize("case", SPECIAL_CASES, ids=str)
 def test_gradient_of_stride_zero(case: Case, device_backend: tuple[str, str], seed: int) -> None:
     """out.sum().backward() brings a dout whose strides are all 0."""
     device, backend = device_backend
     x = make_inputs(case, seed, device)
     q, k, v = (t.detach().requires_grad_() for t in (x.q, x.k, x.v))
-    out = sa.attention(q, k, v, case.pattern, backend=backend)
+    out = sa.attention(q, k, v, case.pattern_on(device), backend=backend)
     out.sum().backward()
     arguments = (x.q, x.k, x.v, case.masks, None, torch.ones_like(x.dout))
     exact = oracle.attention(*arguments)
@@ -294,7 +312,7 @@ def test_gradient_of_stride_zero(case: Case, device_backend: tuple[str, str], se
 
 
 @pytest.mark.parametrize("expanded", ["heads", "batch", "seq"])
-@pytest.mark.parametrize("case", KEY_CASES, ids=str)
+@pytest.mark.parametrize("case", SPECIAL_CASES, ids=str)
 def test_expanded_keys(
     case: Case, expanded: str, device_backend: tuple[str, str], seed: int
 ) -> None:
@@ -309,7 +327,7 @@ def test_expanded_keys(
         return tensor.narrow(axis, 0, 1).expand(sizes)
 
     wide = Inputs(x.q, expand(x.k), expand(x.v), x.dout, x.dlse)
-    assert_matches_oracle(wide, case.pattern, case.masks, backend)
+    assert_matches_oracle(wide, case.pattern_on(device), case.masks, backend)
 
 
 @pytest.mark.parametrize("expanded", ["dq", "dout", "all"])
@@ -322,10 +340,12 @@ def test_expanded_queries(expanded: str, device_backend: tuple[str, str], seed: 
         q = q[:, :1].expand_as(q)
     if expanded in ("dout", "all"):
         dout = dout[:, :, :, :1].expand_as(dout)
-    assert_matches_oracle(Inputs(q, x.k, x.v, dout, x.dlse), case.pattern, case.masks, backend)
+    assert_matches_oracle(
+        Inputs(q, x.k, x.v, dout, x.dlse), case.pattern_on(device), case.masks, backend
+    )
 
 
-@pytest.mark.parametrize("case", KEY_CASES, ids=str)
+@pytest.mark.parametrize("case", SPECIAL_CASES, ids=str)
 def test_misaligned_slices(case: Case, device_backend: tuple[str, str], seed: int) -> None:
     """q[..., 1:65] starts between two 16-byte words."""
     device, backend = device_backend
@@ -337,22 +357,29 @@ def test_misaligned_slices(case: Case, device_backend: tuple[str, str], seed: in
 
     slices = Inputs(shifted(x.q), shifted(x.k), shifted(x.v), shifted(x.dout), x.dlse)
     assert slices.q.stride(2) == 72 and slices.q.storage_offset() == 1
-    assert_matches_oracle(slices, case.pattern, case.masks, backend)
+    assert_matches_oracle(slices, case.pattern_on(device), case.masks, backend)
 
 
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "qk", "qv", "kv"])
-@pytest.mark.parametrize("case", [KEY_CASES[0], KEY_CASES[2], KEY_CASES[5]], ids=str)
+@pytest.mark.parametrize(
+    "case", [KEY_CASES[0], KEY_CASES[2], KEY_CASES[5], KEY_BLOCK_CASES[0]], ids=str
+)
 def test_some_inputs_require_grad(
     case: Case, wanted: str, device_backend: tuple[str, str], seed: int
 ) -> None:
     device, backend = device_backend
     x = make_inputs(case, seed, device)
-    whole = run(x, case.pattern, backend)
+    whole = run(x, case.pattern_on(device), backend)
     tensors = {name: getattr(x, name).detach() for name in "qkv"}
     for name in wanted:
         tensors[name].requires_grad_()
     out, lse = sa.attention(
-        tensors["q"], tensors["k"], tensors["v"], case.pattern, return_lse=True, backend=backend
+        tensors["q"],
+        tensors["k"],
+        tensors["v"],
+        case.pattern_on(device),
+        return_lse=True,
+        backend=backend,
     )
     torch.autograd.backward((out, lse), (x.dout, x.dlse))
     for name in "qkv":
@@ -373,7 +400,7 @@ def test_no_input_requires_grad(device_backend: tuple[str, str], seed: int) -> N
 
 
 @pytest.mark.parametrize("used", ["out", "lse"])
-@pytest.mark.parametrize("case", KEY_CASES, ids=str)
+@pytest.mark.parametrize("case", SPECIAL_CASES, ids=str)
 def test_one_output_used(case: Case, used: str, device_backend: tuple[str, str], seed: int) -> None:
     """The gradient of the other output is then absent, not zero."""
     device, backend = device_backend
@@ -381,7 +408,7 @@ def test_one_output_used(case: Case, used: str, device_backend: tuple[str, str],
     dout = x.dout if used == "out" else torch.zeros_like(x.dout)
     dlse = x.dlse if used == "lse" else torch.zeros_like(x.dlse)
     q, k, v = (t.detach().requires_grad_() for t in (x.q, x.k, x.v))
-    out, lse = sa.attention(q, k, v, case.pattern, return_lse=True, backend=backend)
+    out, lse = sa.attention(q, k, v, case.pattern_on(device), return_lse=True, backend=backend)
     if used == "out":
         out.backward(x.dout)
     else:
@@ -400,19 +427,19 @@ def test_one_output_used(case: Case, used: str, device_backend: tuple[str, str],
 
 
 @pytest.mark.parametrize("scale", [0, 0.0, -0.3, -1, 2.0, 1e-20])
-@pytest.mark.parametrize("case", KEY_CASES, ids=str)
+@pytest.mark.parametrize("case", SPECIAL_CASES, ids=str)
 def test_scale(case: Case, scale: float, device_backend: tuple[str, str], seed: int) -> None:
     device, backend = device_backend
     x = make_inputs(case, seed, device)
-    assert_matches_oracle(x, case.pattern, case.masks, backend, scale)
+    assert_matches_oracle(x, case.pattern_on(device), case.masks, backend, scale)
 
 
-@pytest.mark.parametrize("case", KEY_CASES, ids=str)
+@pytest.mark.parametrize("case", SPECIAL_CASES, ids=str)
 def test_large_scores(case: Case, device_backend: tuple[str, str], seed: int) -> None:
     """Scores of a few hundred: exp overflows unless the maximum is subtracted."""
     device, backend = device_backend
     x = make_inputs(case, seed, device)
-    assert_matches_oracle(x, case.pattern, case.masks, backend, scale=8.0)
+    assert_matches_oracle(x, case.pattern_on(device), case.masks, backend, scale=8.0)
 
 
 SHAPES = {
@@ -483,7 +510,7 @@ def test_no_query_has_a_key(device_backend: tuple[str, str], seed: int) -> None:
 
 @pytest.mark.parametrize("layout", ["sliced", "misaligned", "dim-strided"])
 @pytest.mark.parametrize(
-    "case", [*KEY_CASES, *(c for c in CASES if c.layout == "sliced" and c.n <= 257)], ids=str
+    "case", [*SPECIAL_CASES, *(c for c in CASES if c.layout == "sliced" and c.n <= 257)], ids=str
 )
 def test_neighbours_of_a_slice_change_no_bit(
     case: Case, layout: str, device_backend: tuple[str, str], seed: int
@@ -491,9 +518,11 @@ def test_neighbours_of_a_slice_change_no_bit(
     device, backend = device_backend
     if backend == "cuda" and not runs_natively(case):
         pytest.skip("no native kernel for this case")
-    case = a_case(**{**vars(case), "layout": layout})
-    around_nan = run(make_inputs(case, seed, device, around=math.nan), case.pattern, backend)
-    around_zero = run(make_inputs(case, seed, device, around=0.0), case.pattern, backend)
+    case = replace(case, layout=layout)
+    around_nan = run(
+        make_inputs(case, seed, device, around=math.nan), case.pattern_on(device), backend
+    )
+    around_zero = run(make_inputs(case, seed, device, around=0.0), case.pattern_on(device), backend)
     for name in RESULTS:
         assert_same_bits(name, around_nan[name], around_zero[name])
 
@@ -515,10 +544,196 @@ def test_keys_that_no_query_sees_change_no_bit(
     k, v = x.k.clone(), x.v.clone()
     k[:, :, unseen] = math.nan
     v[:, :, unseen] = math.nan
-    clean = run(x, case.pattern, backend)
-    poisoned = run(Inputs(x.q, k, v, x.dout, x.dlse), case.pattern, backend)
+    clean = run(x, case.pattern_on(device), backend)
+    poisoned = run(Inputs(x.q, k, v, x.dout, x.dlse), case.pattern_on(device), backend)
     for name in RESULTS:
         assert_same_bits(name, clean[name], poisoned[name])
+
+
+# Layouts of blocks.
+
+
+def nan_in_new_memory(backend: str) -> AbstractContextManager[None]:
+    """What a kernel does not write is NaN then."""
+    from test_gpu_corners import poisoned_memory
+
+    return poisoned_memory() if backend == "cuda" else nullcontext()
+
+
+@pytest.mark.parametrize("dtype", [*NATIVE_DTYPES, torch.float64])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("blocks", ["gaps", "heads"])
+@pytest.mark.parametrize("block", [16, 64])
+def test_queries_without_a_block(
+    block: int,
+    blocks: str,
+    causal: bool,
+    dtype: torch.dtype,
+    device_backend: tuple[str, str],
+    seed: int,
+) -> None:
+    """Output 0, lse -inf, zero gradients, even where dlse is NaN; the other rows are as ever."""
+    device, backend = device_backend
+    case = a_block_case(block=block, blocks=blocks, causal=causal, n=193, dtype=dtype)
+    if backend == "cuda" and not runs_natively(case):
+        pytest.skip("no native kernel for this dtype")
+    empty = ~torch.stack(case.masks).any(-1)  # (heads, seq)
+    assert empty.any() and not empty.all()
+    assert empty.equal(empty[:1].expand_as(empty)) == (blocks == "gaps")
+    x = make_inputs(case, seed, device)
+    poisoned = x.dlse.clone()
+    poisoned[:, empty] = math.nan
+    x = Inputs(x.q, x.k, x.v, x.dout, poisoned)
+    assert_matches_oracle(x, case.pattern_on(device), case.masks, backend)
+    result = run(x, case.pattern_on(device), backend)
+    out, lse, dq = result["out"], result["lse"], result["dq"]
+    assert out is not None and lse is not None and dq is not None
+    assert (out[:, empty] == 0).all()
+    assert (lse[:, empty] == -math.inf).all()
+    assert (dq[:, empty] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [*NATIVE_DTYPES, torch.float64])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
+def test_blocks_that_no_query_attends_change_no_bit(
+    block: int, causal: bool, dtype: torch.dtype, device_backend: tuple[str, str], seed: int
+) -> None:
+    """Their keys and values may hold NaN, and their gradients are 0."""
+    device, backend = device_backend
+    case = a_block_case(block=block, blocks="gaps", causal=causal, n=385, dtype=dtype)
+    if backend == "cuda" and not runs_natively(case):
+        pytest.skip("no native kernel for this dtype")
+    unseen = ~case.masks[0].any(0)
+    assert unseen.any() and not unseen.all()
+    x = make_inputs(case, seed, device)
+    k, v = x.k.clone(), x.v.clone()
+    k[:, :, unseen] = math.nan
+    v[:, :, unseen] = math.nan
+    clean = run(x, case.pattern_on(device), backend)
+    with nan_in_new_memory(backend):
+        poisoned = run(Inputs(x.q, k, v, x.dout, x.dlse), case.pattern_on(device), backend)
+    for name in RESULTS:
+        assert_same_bits(name, clean[name], poisoned[name])
+    for name in ("dk", "dv"):
+        gradient = poisoned[name]
+        assert gradient is not None and (gradient[:, :, unseen] == 0).all(), name
+        assert (gradient[:, :, ~unseen] != 0).any(), name
+
+
+def test_a_block_that_one_head_attends(device_backend: tuple[str, str], seed: int) -> None:
+    """Heads that share keys and values: no query of the others is changed by those blocks."""
+    device, backend = device_backend
+    case = a_block_case(n=200, dtype=torch.bfloat16)
+    x = make_inputs(case, seed, device)
+    layout = torch.eye(7, dtype=torch.bool, device=device).repeat(4, 1, 1)
+    layout[1, 5, 2] = True
+    pattern = sa.BlockSparse(layout, case.block)
+    k = x.k.clone()
+    k[:, 0, 64:96] = k[:, 0, 64:96].flip(1)
+    before = sa.attention(x.q, x.k, x.v, pattern, backend=backend)
+    after = sa.attention(x.q, k, x.v, pattern, backend=backend)
+    changed = (before != after).any(-1).any(0).unflatten(1, (25, 8)).any(-1).cpu()
+    wanted = torch.zeros(4, 25, dtype=torch.bool)
+    wanted[:2, 8:12] = True  # the block itself, in both heads of its keys
+    wanted[1, 20:24] = True
+    assert changed.equal(wanted)
+
+
+@pytest.mark.parametrize("order", ["columns", "sliced", "expanded"])
+def test_memory_order_of_a_layout_changes_no_bit(
+    order: str, device_backend: tuple[str, str], seed: int
+) -> None:
+    device, backend = device_backend
+    case = a_block_case(block=16, blocks="some", n=145, dtype=torch.bfloat16)
+    x = make_inputs(case, seed, device)
+    layout = case.pattern_on(device).layout
+    if order == "columns":
+        strided = layout.mT.contiguous().mT
+    elif order == "sliced":
+        wide = torch.ones(1, 12, 22, dtype=torch.bool, device=device)
+        strided = wide[:, 1:11, 1:21:2].copy_(layout)
+    else:
+        strided = layout.expand(4, -1, -1)
+    assert strided.stride() != layout.stride()
+    wanted = run(x, case.pattern_on(device), backend)
+    actual = run(x, sa.BlockSparse(strided, case.block), backend)
+    for name in RESULTS:
+        assert_same_bits(name, actual[name], wanted[name])
+
+
+@pytest.mark.parametrize("layout_heads", [1, 4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_zero_size_of_blocks(
+    shape: str, layout_heads: int, device_backend: tuple[str, str]
+) -> None:
+    device, backend = device_backend
+    batch, heads, kv_heads, n, head_dim, head_dim_v = SHAPES[shape]
+    count = -(-n // 16)
+    layout = torch.ones(layout_heads, count, count, dtype=torch.bool, device=device)
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device": device, "requires_grad": True}
+    q = torch.randn(batch, heads, n, head_dim, **options)
+    k = torch.randn(batch, kv_heads, n, head_dim, **options)
+    v = torch.randn(batch, kv_heads, n, head_dim_v, **options)
+    pattern = sa.BlockSparse(layout, 16)
+    out, lse = sa.attention(q, k, v, pattern, return_lse=True, backend=backend)
+    assert out.shape == (batch, heads, n, head_dim_v) and lse.shape == (batch, heads, n)
+    (out.sum() + lse.sum()).backward()
+    for tensor in (q, k, v):
+        assert tensor.grad is not None and tensor.grad.shape == tensor.shape
+
+
+# Heads that share keys and values, with patterns of their own.
+
+NEAR: oracle.Members = (("local", 20),)
+FAR: oracle.Members = (("dilated", 7),)
+MERGED: oracle.Members = (("chunk", 24), ("summary", 24, 5, 19))
+FEW: oracle.Members = (("summary", 24, 3, 0),)  # most keys have no query
+NONE: oracle.Members = (("summary", 500, 1, 499),)  # no query has a key
+
+# The members of each head, and the number of kv heads.
+SHARED_KEYS: dict[str, tuple[tuple[oracle.Members, ...], int]] = {
+    "agree": ((NEAR, NEAR, MERGED, MERGED), 2),
+    "agree, keys without a query": ((FEW, FEW, FAR, FAR, FEW, FEW), 3),
+    "agree in groups of three": ((FAR,) * 3 + (MERGED,) * 3, 2),
+    "agree in two groups at once": ((MERGED,) * 4 + (FAR,) * 2 + (NEAR,) * 2, 4),
+    "all agree": ((MERGED,) * 4, 1),
+    "differ": ((NEAR, FAR, NEAR, FAR), 2),
+    "differ in one group": ((NEAR, NEAR, FAR, MERGED), 2),
+    "differ across the groups": ((NEAR, NEAR, FAR, FAR, FAR, FAR), 2),
+    "differ, keys without a query": ((FEW, NEAR, FEW, FEW), 2),
+    "differ, queries without a key": ((NONE, FAR, NONE, NONE), 2),
+    "all differ": ((NEAR, FAR, MERGED, FEW), 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [*NATIVE_DTYPES, torch.float64])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", SHARED_KEYS)
+def test_patterns_of_heads_that_share_keys(
+    name: str, causal: bool, dtype: torch.dtype, device_backend: tuple[str, str], seed: int
+) -> None:
+    """Whole groups of one pattern, and groups in which the patterns differ."""
+    device, backend = device_backend
+    members, kv_heads = SHARED_KEYS[name]
+    case = a_case(
+        n=150,
+        heads=(len(members), kv_heads),
+        head_dims=(32, 24),
+        layout="sliced",
+        causal=causal,
+        dtype=dtype,
+    )
+    if backend == "cuda" and not runs_natively(case):
+        pytest.skip("no native kernel for this dtype")
+    pattern = sa.PerHead([to_pattern(head_members, causal) for head_members in members])
+    x = make_inputs(case, seed, device)
+    arguments = (x.q, x.k, x.v, oracle.masks(members, causal, case.n), None, x.dout, x.dlse)
+    exact = oracle.attention(*arguments)
+    low = None if dtype == torch.float64 else oracle.attention(*arguments, rounding=dtype)
+    with nan_in_new_memory(backend):
+        actual = run(x, pattern, backend)
+    assert_all_close(actual, exact, low)
 
 
 # Memory order.

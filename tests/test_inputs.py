@@ -136,6 +136,80 @@ def test_per_head_of_the_wrong_length(heads: int, call: Callable[..., Any]) -> N
     refused(ValueError, words, call, *tensors(), pattern)
 
 
+# Layouts of blocks.
+
+
+def layout_of(heads: int, blocks: int) -> torch.Tensor:
+    return torch.ones(heads, blocks, blocks, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2, 4, 33])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_layout_for_another_length(heads: int, blocks: int, call: Callable[..., Any]) -> None:
+    """33 tokens are 3 blocks of 16."""
+    pattern = sa.BlockSparse(layout_of(heads, blocks), 16)
+    words = ["33 tokens", "blocks of 16", r"\b3 blocks", rf"\({heads}, {blocks}, {blocks}\)"]
+    refused(ValueError, words, call, *tensors(), pattern)
+
+
+def test_layout_for_no_tokens(call: Callable[..., Any]) -> None:
+    shape = (2, 4, 0, 64)
+    words = ["0 tokens", r"\b0 blocks", r"\(1, 1, 1\)"]
+    refused(
+        ValueError, words, call, *tensors(shape, shape, shape), sa.BlockSparse(layout_of(1, 1), 16)
+    )
+
+
+@pytest.mark.parametrize("heads", [2, 3, 5, 8])
+def test_layout_for_another_number_of_heads(heads: int, call: Callable[..., Any]) -> None:
+    """Of the query heads, 4, not of the 2 heads of keys and values."""
+    words = ["layout", rf"\({heads}, 3, 3\)", "4 heads"]
+    refused(ValueError, words, call, *tensors(), sa.BlockSparse(layout_of(heads, 3), 16))
+
+
+@pytest.mark.parametrize("backend", [None, "torch", "reference"])
+def test_layout_on_a_forced_backend(backend: str | None) -> None:
+    pattern = sa.BlockSparse(layout_of(1, 4), 16)
+    refused(ValueError, ["33 tokens"], sa.attention, *tensors(), pattern, backend=backend)
+    pattern = sa.BlockSparse(layout_of(3, 3), 16)
+    refused(ValueError, ["4 heads"], sa.attention, *tensors(), pattern, backend=backend)
+
+
+def test_layout_on_another_device(call: Callable[..., Any]) -> None:
+    pattern = sa.BlockSparse(layout_of(1, 3).to("meta"), 16)
+    refused(RuntimeError, ["layout", "device", "meta", "cpu"], call, *tensors(), pattern)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", [None, "cuda", "torch", "reference"])
+def test_layout_on_the_cpu_for_cuda_inputs(backend: str | None) -> None:
+    q, k, v = (x.to("cuda") for x in tensors(dtype=torch.bfloat16))
+    pattern = sa.BlockSparse(layout_of(1, 3), 16)
+    words = ["layout", "device", "cpu", "cuda"]
+    refused(RuntimeError, words, sa.attention, q, k, v, pattern, backend=backend)
+
+
+@pytest.mark.parametrize("blocks", [2, 4])
+def test_layout_under_compile(blocks: int) -> None:
+    compiled = torch.compile(sa.attention, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match=r"33 tokens in blocks of 16"):
+        compiled(*tensors(), sa.BlockSparse(layout_of(1, blocks), 16))
+    torch.compiler.reset()
+
+
+def test_block_sparse_that_cuda_cannot_run() -> None:
+    pattern = sa.BlockSparse(layout_of(1, 3), 16)
+    refused(RuntimeError, ["cuda", "cpu"], sa.attention, *tensors(), pattern, backend="cuda")
+
+
+def test_module_of_a_layout_for_other_heads() -> None:
+    """When it is built, not at the first call."""
+    for heads in (1, 4):
+        sa.SelfAttention(64, 4, sa.BlockSparse(layout_of(heads, 3), 16))
+    words = [r"\(3, 3, 3\)", "4 heads"]
+    refused(ValueError, words, sa.SelfAttention, 64, 4, sa.BlockSparse(layout_of(3, 3), 16))
+
+
 # Types and dtypes.
 
 

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,6 +30,23 @@ PATTERNS = [
     sa.Summary(16, 4),
     sa.PerHead([sa.Local(5), sa.Strided(16), sa.Dilated(7), sa.Summary(9, 2)]),
 ]
+
+
+def block_sparse(n: int, heads: int = 4, device: str = "cpu", causal: bool = True) -> Any:
+    """Random blocks of 16; queries of the last block have none."""
+    count = -(-n // 16)
+    layout = torch.rand(heads, count, count, device=device) < 0.5
+    layout[:, -1] = False
+    return sa.BlockSparse(layout, 16, causal=causal)
+
+
+def pattern_at(pattern: Any, n: int, device: str = "cpu") -> Any:
+    """The pattern, or a new `BlockSparse` for ``n`` tokens where None stands for it."""
+    return block_sparse(n, device=device) if pattern is None else pattern
+
+
+def name_of(pattern: Any) -> str:
+    return "blocks" if pattern is None else str(pattern)
 
 
 def inputs(
@@ -63,8 +82,21 @@ def test_opcheck_forward(pattern: Any, layout: str, backend: str | None, device:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     q, k, v = inputs(40, dtype, device, requires_grad=True, layout=layout)
     operator = torch.ops.sparse_attn.forward.default
-    torch.library.opcheck(operator, (q, k, v, pattern.spec, None, backend))
-    torch.library.opcheck(operator, (q, k.detach(), v, pattern.spec, 0.1, backend))
+    torch.library.opcheck(operator, (q, k, v, None, pattern.spec, None, backend))
+    torch.library.opcheck(operator, (q, k.detach(), v, None, pattern.spec, 0.1, backend))
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize(("heads", "causal"), [(1, False), (4, True)])
+def test_opcheck_forward_of_a_layout(
+    heads: int, causal: bool, backend: str | None, device: str
+) -> None:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    q, k, v = inputs(40, dtype, device, requires_grad=True)
+    pattern = block_sparse(40, heads, device, causal)
+    layout = pattern.layout if causal else pattern.layout.mT
+    operator = torch.ops.sparse_attn.forward.default
+    torch.library.opcheck(operator, (q, k, v, layout, pattern.spec, None, backend))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -73,25 +105,27 @@ def test_opcheck_dtypes(dtype: torch.dtype, device: str) -> None:
         pytest.skip("falls to torch, with a warning")
     q, k, v = inputs(20, dtype, device, requires_grad=True)
     operator = torch.ops.sparse_attn.forward.default
-    torch.library.opcheck(operator, (q, k, v, PATTERNS[1].spec, None, None))
+    torch.library.opcheck(operator, (q, k, v, None, PATTERNS[1].spec, None, None))
 
 
 @pytest.mark.parametrize("size", [(0, 4, 20, 64), (2, 4, 0, 64)], ids=str)
 def test_opcheck_zero_size(size: tuple[int, ...], device: str) -> None:
     q = torch.randn(size, device=device, dtype=torch.bfloat16, requires_grad=True)
     operator = torch.ops.sparse_attn.forward.default
-    torch.library.opcheck(operator, (q, q, q, PATTERNS[0].spec, None, None))
+    torch.library.opcheck(operator, (q, q, q, None, PATTERNS[0].spec, None, None))
 
 
 @pytest.mark.parametrize("with_dlse", [True, False])
-@pytest.mark.parametrize("layout", ["head-major", "seq-major", "sliced"])
+@pytest.mark.parametrize("layout", ["head-major", "seq-major", "sliced", "blocks"])
 def test_opcheck_backward(layout: str, with_dlse: bool, device: str) -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    q, k, v = inputs(40, dtype, device, layout=layout)
-    pattern = sa.Fixed(16, 4)
+    has_blocks = layout == "blocks"
+    q, k, v = inputs(40, dtype, device, layout="head-major" if has_blocks else layout)
+    pattern: Any = block_sparse(40, device=device) if has_blocks else sa.Fixed(16, 4)
     out, lse = sa.attention(q, k, v, pattern, return_lse=True)
     dlse = torch.randn_like(lse) if with_dlse else None
-    arguments = (torch.randn_like(out), dlse, q, k, v, out, lse, pattern.spec, None, None)
+    blocks = pattern.layout if has_blocks else None
+    arguments = (torch.randn_like(out), dlse, q, k, v, out, lse, blocks, pattern.spec, None, None)
     torch.library.opcheck(torch.ops.sparse_attn.backward.default, arguments)
 
 
@@ -148,6 +182,53 @@ def test_compile_seven_lengths(pattern: Any, requires_grad: bool) -> None:
         for name, compiled_x, eager_x in zip("qkv", compiled_inputs, eager_inputs, strict=True):
             assert_same_bits(f"d{name}", compiled_x.grad, eager_x.grad)
     assert 1 <= counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("causal", [True, False])
+def test_compile_with_a_layout(causal: bool, transposed: bool, device: str) -> None:
+    """No graph break; the layout is an input, whose values may change without a compilation."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled: Any = torch.compile(sa.attention, fullgraph=True, backend=counter)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    for _ in range(3):
+        eager_inputs = inputs(100, dtype, device, requires_grad=True)
+        compiled_inputs = [x.detach().clone().requires_grad_() for x in eager_inputs]
+        pattern = block_sparse(100, device=device, causal=causal)
+        if transposed:
+            pattern = sa.BlockSparse(pattern.layout.mT, 16, causal=causal)
+            assert not pattern.layout.is_contiguous()
+        q, k, v = eager_inputs
+        wanted = sa.attention(q, k, v, pattern, return_lse=True)
+        actual = compiled(*compiled_inputs, pattern, return_lse=True)
+        for name, a, b in zip(("out", "lse"), actual, wanted, strict=True):
+            assert_same_bits(name, a, b)
+        dout, dlse = torch.randn_like(wanted[0]), torch.randn_like(wanted[1])
+        torch.autograd.backward(wanted, (dout, dlse))
+        torch.autograd.backward(actual, (dout, dlse))
+        for name, compiled_x, eager_x in zip("qkv", compiled_inputs, eager_inputs, strict=True):
+            assert_same_bits(f"d{name}", compiled_x.grad, eager_x.grad)
+    assert counter.frame_count == 1
+
+
+def test_compile_seven_lengths_of_layouts() -> None:
+    """At most 2 compilations, as without a layout."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(sa.attention, fullgraph=True, backend=counter)
+    for n in LENGTHS:
+        q, k, v = inputs(n)
+        pattern = block_sparse(n)
+        assert_same_bits("out", compiled(q, k, v, pattern), sa.attention(q, k, v, pattern))
+    assert 1 <= counter.frame_count <= 2
+
+
+def test_compile_with_a_layout_made_inside() -> None:
+    def function(q: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return sa.attention(q, q, q, sa.BlockSparse(scores > 0, 16))
+
+    q, scores = inputs(100)[0], torch.randn(4, 7, 7)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_same_bits("out", compiled(q, scores), function(q, scores))
 
 
 def test_compile_around_other_work() -> None:
@@ -285,13 +366,45 @@ def test_double_backward_raises(backend: str | None, device: str) -> None:
         dq.sum().backward()
 
 
-def test_saved_tensors_are_checked_for_changes() -> None:
+@pytest.mark.parametrize("changed", ["k", "layout"])
+def test_saved_tensors_are_checked_for_changes(changed: str) -> None:
     q, k, v = inputs(30, requires_grad=True)
-    out = sa.attention(q, k, v, PATTERNS[0])
+    pattern = block_sparse(30)
+    out = sa.attention(q, k, v, pattern)
     with torch.no_grad():
-        k.add_(1)
+        (k if changed == "k" else pattern.layout).fill_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+def test_a_layout_may_change_between_calls() -> None:
+    """Nothing made from its values is kept."""
+    q, k, v = inputs(60)
+    pattern = block_sparse(60)
+    before = sa.attention(q, k, v, pattern)
+    pattern.layout.logical_not_()
+    after = sa.attention(q, k, v, pattern)
+    wanted = sa.attention(q, k, v, sa.BlockSparse(pattern.layout.clone(), 16))
+    assert_same_bits("out", after, wanted)
+    assert not after.equal(before)
+
+
+@pytest.mark.parametrize("backend", [None, "torch", "reference"])
+def test_nothing_keeps_a_layout(backend: str | None, device: str) -> None:
+    """Patterns are in caches, layouts are not: they may be large."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    q, k, v = inputs(50, dtype, device, requires_grad=True)
+    pattern = block_sparse(50, device=device)
+    layout = weakref.ref(pattern.layout)
+    pattern.mask(50)
+    pattern.keys_per_query(50)
+    assert hash(pattern) and repr(pattern)
+    sa.which_backend(q, k, v, pattern)
+    sa.attention(q, k, v, pattern, backend=backend).sum().backward()
+    assert layout() is not None
+    del pattern
+    gc.collect()
+    assert layout() is None
 
 
 def test_backward_twice_with_retained_graph() -> None:
@@ -342,10 +455,11 @@ def test_from_several_threads() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("pattern", [*PATTERNS, None], ids=name_of)
 def test_side_stream(pattern: Any) -> None:
     """Inputs come late on the side stream: only that stream's order makes them right."""
     q, k, v = inputs(1000, torch.bfloat16, "cuda")
+    pattern = pattern_at(pattern, 1000, "cuda")
     wanted = sa.attention(q, k, v, pattern)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -363,9 +477,30 @@ def test_side_stream(pattern: Any) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_late_layout_on_a_side_stream() -> None:
+    """The lists of blocks are made in the order of the stream."""
+    q, k, v = inputs(1000, torch.bfloat16, "cuda")
+    pattern = block_sparse(1000, device="cuda")
+    wanted = torch.autograd.grad(
+        sa.attention(q.requires_grad_(), k, v, pattern, backend="cuda").sum(), q
+    )[0]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        layout = torch.zeros_like(pattern.layout)
+        torch.cuda._sleep(50_000_000)
+        layout.copy_(pattern.layout)
+        late = sa.BlockSparse(layout, 16)
+        dq = torch.autograd.grad(sa.attention(q, k, v, late, backend="cuda").sum(), q)[0]
+    torch.cuda.current_stream().wait_stream(stream)
+    assert_same_bits("dq", dq, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", [*PATTERNS, None], ids=name_of)
 def test_cuda_graph(pattern: Any) -> None:
     q, k, v = inputs(500, torch.bfloat16, "cuda")
+    pattern = pattern_at(pattern, 500, "cuda")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -385,12 +520,14 @@ def test_cuda_graph(pattern: Any) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
-def test_no_synchronisation() -> None:
+@pytest.mark.parametrize("pattern", [PATTERNS[1], PATTERNS[5], None], ids=name_of)
+def test_no_synchronisation(pattern: Any) -> None:
     q, k, v = inputs(500, torch.bfloat16, "cuda", requires_grad=True)
-    sa.attention(q, k, v, PATTERNS[1], backend="cuda")
+    pattern = pattern_at(pattern, 500, "cuda")
+    dout = torch.randn_like(sa.attention(q, k, v, pattern, backend="cuda"))
     try:
         torch.cuda.set_sync_debug_mode("error")
-        sa.attention(q, k, v, PATTERNS[1], backend="cuda")
+        sa.attention(q, k, v, pattern, backend="cuda").backward(dout)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

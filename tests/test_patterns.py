@@ -5,17 +5,30 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import oracle
 import sparse_attn as sa
-from cases import FACTORS, KINDS, Case, all_pairs_cases, required_pairs, to_pattern
+from cases import (
+    BLOCK_FACTORS,
+    FACTORS,
+    KINDS,
+    Case,
+    all_pairs_cases,
+    block_cases,
+    pairs_of_blocks,
+    required_pairs,
+    to_pattern,
+)
 from cases import pairs_of as case_pairs
 
 CASES = all_pairs_cases()
+BLOCK_CASES = block_cases()
 SMALL_CASES = [case for case in CASES if case.n <= 257]
 
 MEMBERS = [
@@ -73,6 +86,34 @@ def test_cases_hold_the_sizes_they_name() -> None:
             assert size == max(1, {"n-1": case.n - 1, "n": case.n, "n+5": case.n + 5}[case.size])
         elif case.size is not None:
             assert size == int(case.size)
+
+
+def test_every_pair_of_values_appears_in_some_block_case() -> None:
+    together = set().union(*(pairs_of_blocks(vars(case)) for case in BLOCK_CASES))
+    for factor, values in BLOCK_FACTORS.items():
+        for other, other_values in BLOCK_FACTORS.items():
+            if list(BLOCK_FACTORS).index(factor) < list(BLOCK_FACTORS).index(other):
+                wanted = {((factor, a), (other, b)) for a in values for b in other_values}
+                assert wanted <= together
+    assert len({str(case) for case in BLOCK_CASES}) == len(BLOCK_CASES)
+
+
+def test_block_cases_hold_the_corners() -> None:
+    long = [case for case in BLOCK_CASES if case.count >= 3]
+    some = [case for case in long if case.blocks == "gaps"]
+    assert some
+    for case in some:
+        mask = case.masks[0]
+        assert not mask.any(1).all(), "every query has a key"
+        assert not mask.any(0).all(), "every key has a query"
+    uneven = [case for case in long if case.blocks == "heads" and case.heads[0] > 1]
+    assert any(len({int(mask.sum()) for mask in case.masks}) > 2 for case in uneven)
+    assert any(case.n % case.block == 1 for case in long)
+    for case in BLOCK_CASES:
+        kept = torch.tensor(case.kept)
+        assert case.blocks not in ("empty", "full") or (kept == (case.blocks == "full")).all()
+    for words in (2, 3):  # of 32 blocks each
+        assert any((words - 1) * 32 < case.count <= words * 32 for case in BLOCK_CASES)
 
 
 # Masks.
@@ -134,7 +175,7 @@ def test_oracle_masks_are_the_pictures() -> None:
             assert oracle.keys(members, causal, len(rows), i) == wanted, (spec, i)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.n <= 65], ids=str)
+@pytest.mark.parametrize("case", [c for c in (*CASES, *BLOCK_CASES) if c.n <= 65], ids=str)
 def test_mask_is_the_set_pair_by_pair(case: Case) -> None:
     mask = case.pattern.mask(case.n)
     for head, members in enumerate(case.head_members):
@@ -146,14 +187,14 @@ def test_mask_is_the_set_pair_by_pair(case: Case) -> None:
             break
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *BLOCK_CASES], ids=str)
 def test_mask_is_the_oracle_mask(case: Case) -> None:
     mask = case.pattern.mask(case.n)
     assert mask.dtype == torch.bool and mask.device.type == "cpu"
     assert mask.equal(full_mask(case))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *BLOCK_CASES], ids=str)
 def test_counts_are_those_of_the_oracle_mask(case: Case) -> None:
     wanted = full_mask(case).sum(-1)
     counts = case.pattern.keys_per_query(case.n)
@@ -161,11 +202,11 @@ def test_counts_are_those_of_the_oracle_mask(case: Case) -> None:
     assert counts.equal(wanted)
     head_dim, head_dim_v = case.head_dims
     pairs = int(wanted.sum())
-    if not case.per_head:
-        flops = case.pattern.flops(case.n, head_dim, head_dim_v)
-        assert type(flops) is int
-        assert flops == 2 * pairs * (head_dim + head_dim_v)
-        assert case.pattern.flops(case.n, head_dim) == 4 * pairs * head_dim
+    heads = case.heads[0] if case.per_head else 1  # flops are their mean
+    flops = case.pattern.flops(case.n, head_dim, head_dim_v)
+    assert type(flops) is int
+    assert flops == 2 * pairs * (head_dim + head_dim_v) // heads
+    assert case.pattern.flops(case.n, head_dim) == 4 * pairs * head_dim // heads
 
 
 def test_counts_of_a_million_tokens_need_no_mask() -> None:
@@ -456,3 +497,162 @@ def test_bad_length(pattern: Any) -> None:
         for odd in (True, 8.0, "8", None):
             with pytest.raises(TypeError, match="int"):
                 method(odd)
+
+
+# BlockSparse.
+
+
+def layout_of(*rows: str) -> torch.Tensor:
+    """One head, drawn: a row for each query block."""
+    return torch.tensor([[[mark == "1" for mark in row] for row in rows]])
+
+
+def test_block_sparse_by_hand() -> None:
+    """Three blocks, the last of 2 tokens; no block above the diagonal where causal."""
+    layout = layout_of("101", "000", "110")
+    n = 34
+    causal, both = sa.BlockSparse(layout, 16), sa.BlockSparse(layout, 16, causal=False)
+    attended = {i: set(range(i + 1)) if i < 16 else set[int]() for i in range(32)}
+    attended |= {i: set(range(32)) for i in (32, 33)}
+    for i in range(n):
+        assert set(causal.mask(n)[i].nonzero().flatten().tolist()) == attended[i]
+        if i < 16:
+            attended[i] = {*range(16), 32, 33}
+        assert set(both.mask(n)[i].nonzero().flatten().tolist()) == attended[i]
+    assert causal.keys_per_query(n).tolist() == [*range(1, 17), *[0] * 16, 32, 32]
+    assert both.keys_per_query(n).tolist() == [*[18] * 16, *[0] * 16, 32, 32]
+    assert causal.flops(n, 8, 3) == 2 * (136 + 64) * 11
+
+
+def test_block_sparse_of_all_blocks_is_dense() -> None:
+    for causal in (True, False):
+        pattern = sa.BlockSparse(torch.ones(1, 4, 4, dtype=torch.bool), 32, causal=causal)
+        assert pattern.mask(100).equal(sa.Dense(causal=causal).mask(100))
+
+
+def test_block_sparse_of_no_tokens() -> None:
+    for heads in (1, 3):
+        pattern = sa.BlockSparse(torch.ones(heads, 0, 0, dtype=torch.bool), 16)
+        shape = () if heads == 1 else (heads,)
+        assert pattern.mask(0).shape == (*shape, 0, 0)
+        assert pattern.keys_per_query(0).shape == (*shape, 0)
+        assert pattern.flops(0, 64) == 0
+
+
+def test_block_sparse_counts_without_a_mask() -> None:
+    n, block = 1 << 17, 128
+    layout = torch.zeros(1, n // block, n // block, dtype=torch.bool)
+    layout[:, :, 0] = True
+    counts = sa.BlockSparse(layout, block).keys_per_query(n)
+    assert counts[:128].equal(torch.arange(1, 129)) and (counts[128:] == 128).all()
+
+
+def test_block_sparse_is_equal_by_its_layout_itself() -> None:
+    layout = layout_of("10", "11")
+    pattern = sa.BlockSparse(layout, 16)
+    same = sa.BlockSparse(layout, 16, causal=True)
+    assert pattern == same and hash(pattern) == hash(same) and len({pattern, same}) == 1
+    others = [
+        sa.BlockSparse(layout.clone(), 16),
+        sa.BlockSparse(layout, 32),
+        sa.BlockSparse(layout, 16, causal=False),
+        sa.Dense(),
+    ]
+    for other in others:
+        assert pattern != other and other != pattern
+    assert len({pattern, *others}) == 5
+
+
+def test_block_sparse_in_text() -> None:
+    pattern = sa.BlockSparse(layout_of("10", "11"), 64, causal=False)
+    assert pattern.spec == "BlockSparse(block=64, causal=False)"
+    assert repr(pattern) == "BlockSparse(layout=(1, 2, 2), block=64, causal=False)"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        pattern.block = 32  # type: ignore[misc]
+    for text in ("blocksparse:64", pattern.spec, repr(pattern), "BlockSparse(block=64)"):
+        with pytest.raises(ValueError, match=re.escape(repr(text))):
+            sa.parse_pattern(text)
+
+
+def test_block_sparse_pickles() -> None:
+    pattern = sa.BlockSparse(layout_of("10", "11"), 16, causal=False)
+    copy = pickle.loads(pickle.dumps(pattern))
+    assert copy.layout.equal(pattern.layout) and copy.spec == pattern.spec
+    assert copy.mask(20).equal(pattern.mask(20))
+    assert copy != pattern  # another layout of the same content
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        None,
+        [[[True]]],
+        np.ones((1, 2, 2), dtype=bool),
+        torch.ones(1, 2, 2),
+        torch.ones(1, 2, 2, dtype=torch.uint8),
+        torch.ones(1, 2, 2, dtype=torch.int64),
+    ],
+    ids=lambda layout: f"{type(layout).__name__}-{getattr(layout, 'dtype', None)}",
+)
+def test_block_sparse_layout_of_a_wrong_type(layout: Any) -> None:
+    with pytest.raises(TypeError, match=r"layout.*bool"):
+        sa.BlockSparse(layout, 16)
+
+
+@pytest.mark.parametrize(
+    "shape", [(), (4,), (4, 4), (1, 1, 4, 4), (1, 4, 3), (2, 3, 4), (0, 4, 4)], ids=str
+)
+def test_block_sparse_layout_of_a_wrong_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"layout.*" + re.escape(str(shape))):
+        sa.BlockSparse(torch.ones(shape, dtype=torch.bool), 16)
+
+
+@pytest.mark.parametrize("block", [-16, 0, 1, 8, 17, 48, 256, 2**40])
+def test_block_sparse_block_of_a_wrong_size(block: int) -> None:
+    with pytest.raises(ValueError, match=rf"block.*got {block}"):
+        sa.BlockSparse(layout_of("1"), block)
+
+
+@pytest.mark.parametrize("block", [True, 16.0, "16", None, [16], torch.tensor(16)], ids=str)
+def test_block_sparse_block_of_a_wrong_type(block: Any) -> None:
+    with pytest.raises(TypeError, match=r"block.*int"):
+        sa.BlockSparse(layout_of("1"), block)
+
+
+@pytest.mark.parametrize("causal", [0, 1, None, "yes"])
+def test_block_sparse_causal_is_a_bool(causal: Any) -> None:
+    with pytest.raises(TypeError, match=r"causal.*bool"):
+        sa.BlockSparse(layout_of("1"), 16, causal=causal)
+
+
+def test_block_sparse_only_at_the_length_of_its_layout() -> None:
+    pattern: Any = sa.BlockSparse(layout_of("10", "11"), 16)
+    for n in (17, 32):
+        assert pattern.mask(n).shape == (n, n) and pattern.keys_per_query(n).shape == (n,)
+    for method in (pattern.mask, pattern.keys_per_query, lambda n: pattern.flops(n, 64)):
+        for n in (0, 1, 16, 33, 1000):
+            with pytest.raises(ValueError, match=rf"\b{n} tokens.*\(1, 2, 2\)"):
+                method(n)
+        with pytest.raises(ValueError, match="-1"):
+            method(-1)
+        for odd in (True, 8.0, "8", None):
+            with pytest.raises(TypeError, match="int"):
+                method(odd)
+
+
+def test_block_sparse_is_no_member_of_a_union() -> None:
+    pattern: Any = sa.BlockSparse(layout_of("1"), 16)
+    for other in (sa.Local(3), sa.Strided(3), pattern):
+        for first, second in ((pattern, other), (other, pattern)):
+            with pytest.raises(NotImplementedError, match=r"BlockSparse.*union"):
+                first | second
+    for odd in (3, None, "Local(3)"):
+        with pytest.raises(TypeError):
+            pattern | odd
+
+
+def test_block_sparse_is_no_head_of_per_head() -> None:
+    pattern = sa.BlockSparse(layout_of("1"), 16)
+    for patterns in ([pattern], [sa.Local(3), pattern]):
+        with pytest.raises(TypeError, match=r"PerHead.*BlockSparse"):
+            sa.PerHead(patterns)

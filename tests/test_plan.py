@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import oracle
 import sparse_attn as sa
-from cases import KINDS, Case, all_pairs_cases, has_factor, to_pattern
+from cases import KINDS, BlockCase, Case, all_pairs_cases, block_cases, has_factor, to_pattern
 from sparse_attn.plan import Branch, plan
 
 try:
@@ -26,6 +26,7 @@ except ImportError:
 needs_native = pytest.mark.skipif(not NATIVE, reason="the native module is not built")
 
 CASES = all_pairs_cases()
+BLOCK_CASES = block_cases()
 TILES = [(64, 64), (128, 64), (64, 128), (16, 8), (1, 1), (7, 5), (5, 300)]
 
 
@@ -115,6 +116,29 @@ def test_per_head_has_no_plan_of_its_own_but_its_heads_have() -> None:
         assert_covers(plan(head, 20), oracle.mask((members,), True, 20))
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("block", [16, 128])
+def test_plan_of_blocks_is_all_pairs_until_it_gets_a_layout(block: int, causal: bool) -> None:
+    n = 70
+    count = -(-n // block)
+    pattern = sa.BlockSparse(torch.zeros(3, count, count, dtype=torch.bool), block, causal=causal)
+    branches = plan(pattern, n)
+    mask = oracle.mask((("dense",),), causal, n)
+    assert_covers(branches, mask)
+    assert_covers(transposed(branches), mask.T)
+    assert [branch.block for branch in (*branches, *transposed(branches))] == [block] * 2
+    assert all(branch.block == 0 for branch in plan(sa.Strided(16), n))
+
+
+def test_layouts_share_a_plan() -> None:
+    """A plan is of the blocks and the direction: the caches hold no layout."""
+    first, second = (
+        sa.BlockSparse(torch.rand(heads, 4, 4) < 0.5, 16, causal=False) for heads in (1, 3)
+    )
+    assert first != second and plan(first, 60) is plan(second, 60)
+    assert first.rule == second.rule and first.rule != sa.BlockSparse(first.layout, 16).rule
+
+
 SIZES = st.integers(1, 40)
 
 
@@ -165,12 +189,34 @@ def native_cover(branches: Any, n: int, tiles: tuple[int, int]) -> np.ndarray:
     return np.frombuffer(counts, dtype=np.uint8).reshape(n, n)
 
 
-def assert_native_covers(pattern: Any, mask: torch.Tensor, tiles: tuple[int, int]) -> None:
+def packed_rows(kept: torch.Tensor, past: bool, future: bool) -> np.ndarray:
+    """uint32 (heads, blocks, words) of bool (heads, blocks, blocks): bit b of word w is block
+    32 w + b. Without past none before the diagonal, without future none after it."""
+    heads, count, _ = kept.shape
+    words = -(-count // 32)
+    rows = np.zeros((heads, count, words), dtype=np.uint32)
+    for head, row, column in kept.nonzero().tolist():
+        if (past or column >= row) and (future or column <= row):
+            rows[head, row, column // 32] |= np.uint32(1 << column % 32)
+    return rows
+
+
+def assert_native_covers(
+    pattern: Any, mask: torch.Tensor, tiles: tuple[int, int], kept: torch.Tensor | None = None
+) -> None:
+    """``kept``: bool (blocks, blocks) of a layout, which the kernels read packed."""
     from sparse_attn.backends.cuda import native_plan
 
     n = mask.shape[0]
     for is_transposed, wanted in ((False, mask), (True, mask.T)):
         branches = native_plan(pattern, n, transposed=is_transposed)
+        if kept is not None:
+            past, future = (not pattern.causal or is_transposed == later for later in (False, True))
+            rows = packed_rows((kept.T if is_transposed else kept)[None], past, future)
+            branches = tuple(
+                branch.with_blocks(rows=rows.ctypes.data, words=rows.shape[2], head_stride=0)
+                for branch in branches
+            )
         counts = native_cover(branches, n, tiles)
         wrong = np.argwhere(counts != wanted.numpy())
         assert not len(wrong), (
@@ -209,3 +255,74 @@ def test_native_sizes_beyond_32_bits(kind: str, size: int) -> None:
                 [[j in oracle.keys(members, causal, 9, i) for j in range(9)] for i in range(9)]
             )
             assert_native_covers(to_pattern(members, causal), mask, (4, 4))
+
+
+BLOCK_TILES = [(64, 64), (64, 32), (32, 16)]  # of the kernels
+
+
+@needs_native
+@pytest.mark.parametrize("tiles", BLOCK_TILES, ids=str)
+@pytest.mark.parametrize("case", BLOCK_CASES, ids=str)
+def test_native_plan_of_blocks_covers_the_mask(case: BlockCase, tiles: tuple[int, int]) -> None:
+    heads = dict(zip(case.kept, case.masks, strict=False))  # one layout serves all heads, or one
+    for kept, mask in heads.items():
+        assert_native_covers(case.pattern, mask, tiles, torch.tensor(kept))
+
+
+@needs_native
+@given(
+    st.sampled_from(BLOCK_TILES),
+    st.sampled_from(sa.BlockSparse.blocks),
+    st.integers(1, 200),
+    st.booleans(),
+    st.data(),
+)
+def test_native_plan_covers_any_blocks(
+    tiles: tuple[int, int], block: int, n: int, causal: bool, data: st.DataObject
+) -> None:
+    count = -(-n // block)
+    row = st.lists(st.booleans(), min_size=count, max_size=count).map(tuple)
+    kept = tuple(data.draw(st.lists(row, min_size=count, max_size=count)))
+    members = (("blocks", block, kept),)
+    mask = oracle.mask(members, causal, n)
+    assert_native_covers(to_pattern(members, causal), mask, tiles, torch.tensor(kept))
+
+
+@needs_native
+def test_native_cover_sees_a_planted_block() -> None:
+    layout = torch.eye(5, dtype=torch.bool)
+    pattern = sa.BlockSparse(layout[None], 16)
+    members = (("blocks", 16, tuple(map(tuple, layout.tolist()))),)
+    mask = oracle.mask(members, True, 70)
+    assert_native_covers(pattern, mask, (64, 64), layout)
+    for row, column in [(4, 0), (2, 2)]:
+        planted = layout.clone()
+        planted[row, column] ^= True
+        with pytest.raises(AssertionError, match="pairs"):
+            assert_native_covers(pattern, mask, (64, 64), planted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("order", ["rows", "columns", "sliced", "expanded"])
+@pytest.mark.parametrize("count", [1, 31, 32, 33, 70, 300])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("keys_own", [False, True])
+def test_block_rows_are_the_packed_layout(
+    keys_own: bool, causal: bool, count: int, order: str
+) -> None:
+    from sparse_attn.backends.cuda import _block_rows
+
+    layout = torch.rand(3, count, count, device="cuda") < 0.5
+    if order == "columns":
+        layout = layout.mT
+    elif order == "sliced":
+        wide = torch.ones(6, count + 2, 2 * count, dtype=torch.bool, device="cuda")
+        layout = wide[::2, 1:-1, ::2].copy_(layout)
+    elif order == "expanded":
+        layout = layout[:1].expand(3, -1, -1)
+    pattern = sa.BlockSparse(layout, 16, causal=causal)
+    rows = _block_rows(pattern, torch.empty(1, device="cuda"), keys_own)
+    assert rows is not None
+    past, future = (not causal or keys_own == later for later in (False, True))
+    wanted = packed_rows((layout.mT if keys_own else layout).cpu(), past, future)
+    assert rows.cpu().numpy().view(np.uint32).tolist() == wanted.tolist()

@@ -83,6 +83,20 @@ def test_each_head_has_a_matrix() -> None:
         np.testing.assert_array_equal(~empty, mask)
 
 
+@pytest.mark.parametrize("heads", [1, 3])
+def test_blocks_have_a_matrix_for_each_head_of_the_layout(heads: int) -> None:
+    layout = torch.rand(heads, 3, 3) < 0.5
+    layout[0, 2, 0] = True
+    pattern = sa.BlockSparse(layout, 16)
+    figure = plot.plot_pattern(pattern, 40)
+    picture = rendered(figure)
+    masks = pattern.mask(40).view(heads, 40, 40).numpy()
+    assert len(figure.axes) == heads
+    for head, mask in enumerate(masks):
+        empty = np.abs(cells(figure, picture, head, 40) - to_rgb(plot.EMPTY)).max(-1) < 0.01
+        np.testing.assert_array_equal(~empty, mask)
+
+
 def test_pattern_refusals() -> None:
     for n in (0, -1, 4097):
         with pytest.raises(ValueError, match=f"n is {n}, wanted 1 to 4096"):

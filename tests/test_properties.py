@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import oracle
 import sparse_attn as sa
-from cases import FACTORS, KINDS, Inputs, make_tensor, to_pattern
+from cases import FACTORS, KINDS, Inputs, Kept, make_tensor, to_pattern
 from compare import assert_same_bits
 from test_attention import RESULTS, assert_matches_oracle, run
 
@@ -22,11 +22,21 @@ BACKENDS = ["torch", "reference"]
 
 
 @st.composite
+def layouts(draw: st.DrawFn, n: int, block: int, heads: int) -> tuple[Kept, ...]:
+    """The kept blocks, of all heads or of each."""
+    count = -(-n // block)
+    row = st.lists(st.booleans(), min_size=count, max_size=count).map(tuple)
+    head = st.lists(row, min_size=count, max_size=count).map(tuple)
+    number = draw(st.sampled_from([1, heads]))
+    return tuple(draw(st.lists(head, min_size=number, max_size=number)))
+
+
+@st.composite
 def calls(
     draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = FACTORS["dtype"]
 ) -> tuple[Inputs, Any, list[torch.Tensor], str]:
     """Inputs, pattern, oracle masks, and the call in words."""
-    kind = draw(st.sampled_from(list(KINDS)))
+    kind = draw(st.sampled_from([*KINDS, "blocks"]))
     n, size = draw(st.integers(1, 48)), draw(SIZES)
     columns = draw(st.integers(1, size))
     offset = draw(st.integers(0, size - columns))
@@ -39,9 +49,16 @@ def calls(
     batch = 2 if dtype == torch.float64 else max(2, 1024 // (n * heads))
     seed = draw(st.integers(0, 2**31 - 1))
 
-    members = [KINDS[kind][1](size, columns, offset, head) for head in range(heads)]
-    patterns = [to_pattern(head_members, causal) for head_members in members]
-    pattern = sa.PerHead(patterns) if kind.startswith("heads:") else patterns[0]
+    members: list[oracle.Members]
+    if kind == "blocks":
+        block = draw(st.sampled_from(sa.BlockSparse.blocks))
+        kept = draw(layouts(n, block, heads))
+        members = [(("blocks", block, kept[head % len(kept)]),) for head in range(heads)]
+        pattern: Any = sa.BlockSparse(torch.tensor(kept), block, causal=causal)
+    else:
+        members = [KINDS[kind][1](size, columns, offset, head) for head in range(heads)]
+        patterns = [to_pattern(head_members, causal) for head_members in members]
+        pattern = sa.PerHead(patterns) if kind.startswith("heads:") else patterns[0]
     generator = torch.Generator().manual_seed(seed)
 
     def tensor(heads: int, dim: int) -> torch.Tensor:
@@ -176,6 +193,26 @@ def test_gradcheck_of_attention(name: str, causal: bool, backend: str) -> None:
     q = torch.randn(2, 4, n, 3, dtype=torch.float64, requires_grad=True)
     k = torch.randn(2, 2, n, 3, dtype=torch.float64, requires_grad=True)
     v = torch.randn(2, 2, n, 2, dtype=torch.float64, requires_grad=True)
+
+    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+        out, lse = sa.attention(q, k, v, pattern, scale=0.7, return_lse=True, backend=backend)
+        return out, lse.masked_fill(empty, 0)
+
+    assert torch.autograd.gradcheck(function, (q, k, v))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("layout_heads", [1, 4])
+def test_gradcheck_of_blocks(layout_heads: int, causal: bool, backend: str) -> None:
+    """19 tokens: the second block has three, which see no key in the first and the third head."""
+    layout = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 1, 0]]).bool()
+    pattern = sa.BlockSparse(layout.view(4, 2, 2)[:layout_heads], 16, causal=causal)
+    empty = (pattern.mask(19).sum(-1) == 0).expand(4, 19)
+    assert empty.any() and not empty.all()
+    q = torch.randn(1, 4, 19, 2, dtype=torch.float64, requires_grad=True)
+    k = torch.randn(1, 2, 19, 2, dtype=torch.float64, requires_grad=True)
+    v = torch.randn(1, 2, 19, 1, dtype=torch.float64, requires_grad=True)
 
     def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
         out, lse = sa.attention(q, k, v, pattern, scale=0.7, return_lse=True, backend=backend)

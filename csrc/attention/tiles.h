@@ -10,21 +10,21 @@ namespace sparse_attn {
 // The queries of one CTA: `rows` rows of a group, from `first_row`. No row if the group is short.
 struct QueryTile {
   int batch;
-  int head;  // counted from the first head of the launch
+  int head;
   int group;
   int first_row;
   int rows;
 
   // Groups vary fastest: neighbouring CTAs then read neighbouring tokens of a residue.
   HOST_DEVICE static QueryTile of(int64_t index, const SequenceView& queries, int tile_rows,
-                                  int heads) {
+                                  int first_head, int heads) {
     const int tiles = (queries.max_rows + tile_rows - 1) / tile_rows;
     QueryTile tile;
     tile.group = static_cast<int>(index % queries.groups);
     index /= queries.groups;
     tile.first_row = static_cast<int>(index % tiles) * tile_rows;
     index /= tiles;
-    tile.head = static_cast<int>(index % heads);
+    tile.head = first_head + static_cast<int>(index % heads);
     tile.batch = static_cast<int>(index / heads);
     tile.rows = greatest(least(queries.rows(tile.group) - tile.first_row, tile_rows), 0);
     return tile;
@@ -37,56 +37,93 @@ struct QueryTile {
   }
 };
 
-// Some key rows of a segment. `masked`: not every query of the tile attends every row of it.
+// Some key rows of a segment, for a head.
 struct KeyTile {
-  int segment;  // segment_count once past the last tile
+  int head;
+  int segment;
   int first_row;
   int end_row;
-  bool masked;
+  bool exists;
+  // Whether some query does not attend the tile's first rows; its last ones, or those missing to a
+  // whole tile; or a block inside, since the queries lie in several blocks.
+  bool cut_before;
+  bool cut_after;
+  bool mixed;
 };
 
-// The key tiles of a query tile, segment by segment, each segment from its first attended row.
-class KeyTiles {
- public:
-  HOST_DEVICE KeyTiles(const Branch& branch, const QueryTile& tile, int tile_rows)
-      : branch_(branch),
-        group_(tile.group),
-        first_token_(branch.queries.position(tile.group, tile.first_row)),
-        last_token_(branch.queries.position(tile.group, tile.first_row + tile.rows - 1)),
-        tile_rows_(tile_rows) {}
+// The key tiles of a query tile, for some heads: segment by segment, each segment from its first
+// attended row. Of a branch with blocks, a tile holds only blocks that some query attends. Plain
+// data: one thread walks, and the others see what it leaves in shared memory.
+struct KeyTiles {
+  int first_token;
+  int last_token;
+  int end_head;
+  KeyTile last;  // returned last
 
-  HOST_DEVICE bool valid(const KeyTile& tile) const { return tile.segment < branch_.segment_count; }
-
-  HOST_DEVICE KeyTile first() {
-    of_first_ = of_last_ = {0, 0};
-    return next({-1, 0, 0, false});
+  HOST_DEVICE static KeyTiles of(const Branch& branch, const QueryTile& tile, int first_head,
+                                 int end_head) {
+    const SequenceView& queries = branch.queries;
+    return {queries.position(tile.group, tile.first_row),
+            queries.position(tile.group, tile.first_row + tile.rows - 1),
+            end_head,
+            {first_head, -1, 0, 0, false, false, false, false}};
   }
 
-  // The tile after the one that was returned last.
-  HOST_DEVICE KeyTile next(KeyTile tile) {
+  // The next tile of at most `tile_rows` rows.
+  // of_first(segment) and of_last(segment) are what the first and the last query attend. Both ends
+  // of an interval grow with the query, so these two bound what the queries between attend.
+  template <class F, class G>
+  HOST_DEVICE KeyTile next(const Branch& branch, int tile_rows, F of_first, G of_last) {
+    KeyTile tile = last;
     tile.first_row = tile.end_row;
-    while (tile.first_row >= of_last_.end && ++tile.segment < branch_.segment_count) {
-      const Segment& segment = branch_.segments[tile.segment];
-      of_first_ = segment.bounds(branch_.run, group_, first_token_);
-      of_last_ = segment.bounds(branch_.run, group_, last_token_);
-      tile.first_row = of_first_.first;
+    while (tile.head < end_head) {
+      if (tile.segment >= 0) {
+        if (branch.blocks.rows != nullptr) tile.first_row = next_attended(branch, tile);
+        if (tile.first_row < of_last(tile.segment).end) break;
+      }
+      if (++tile.segment == branch.segment_count) {
+        tile.segment = 0;
+        if (++tile.head == end_head) break;
+      }
+      tile.first_row = of_first(tile.segment).first;
     }
-    tile.end_row = least(tile.first_row + tile_rows_, of_last_.end);
-    tile.masked = tile.first_row < of_last_.first || tile.end_row > of_first_.end ||
-                  tile.end_row < tile.first_row + tile_rows_;
+    const Interval every = {of_last(tile.segment).first, of_first(tile.segment).end};
+    tile.end_row = least(tile.first_row + tile_rows, of_last(tile.segment).end);
+    tile.exists = tile.head < end_head;
+    tile.mixed = false;
+    if (branch.blocks.rows != nullptr && tile.exists) {
+      tile.end_row = least(tile.end_row, end_of_attended(branch, tile));
+      tile.mixed = first_token / branch.blocks.size != last_token / branch.blocks.size;
+    }
+    tile.cut_before = tile.first_row < every.first;
+    tile.cut_after = tile.end_row > every.end || tile.end_row < tile.first_row + tile_rows;
+    last = tile;
     return tile;
   }
 
  private:
-  const Branch& branch_;
-  const int group_;
-  const int first_token_;
-  const int last_token_;
-  const int tile_rows_;
-  // Key rows that the first and the last query attend in the segment of the last tile. Both ends
-  // grow with the query, so they bound what the queries between attend.
-  Interval of_first_{0, 0};
-  Interval of_last_{0, 0};
+  HOST_DEVICE AttendedBlocks attended_blocks(const Branch& branch, int head) const {
+    const int size = branch.blocks.size;
+    return AttendedBlocks::of(branch.blocks, head, first_token / size, last_token / size + 1);
+  }
+
+  // The first row from the tile's first on that lies in an attended block.
+  HOST_DEVICE int next_attended(const Branch& branch, const KeyTile& tile) const {
+    const int size = branch.blocks.size, block = tile.first_row / size;
+    const int next = attended_blocks(branch, tile.head).next(block);
+    return next == block ? tile.first_row : next * size;
+  }
+
+  // Where the attended blocks that a tile begins with end.
+  HOST_DEVICE int end_of_attended(const Branch& branch, const KeyTile& tile) const {
+    const int size = branch.blocks.size;
+    int block = tile.first_row / size + 1;
+    NOT_UNROLLED
+    while (block * size < tile.end_row && attended_blocks(branch, tile.head).contains(block)) {
+      ++block;
+    }
+    return block * size;
+  }
 };
 
 }  // namespace sparse_attn

@@ -29,7 +29,10 @@ class Branch:
         queries: SequenceView,
         run: Run,
         segments: list[tuple[SequenceView, int]],  # 0 before, 1 inside, 2 after the run
+        block: int,  # rows in a block; 0 without blocks
     ) -> None: ...
+    # rows: address of 32-bit words (heads, blocks, words), a bit for each attended block.
+    def with_blocks(self, *, rows: int, words: int, head_stride: int) -> Branch: ...
 
 def cover(branches: list[Branch], length: int, tile_queries: int, tile_keys: int) -> bytes: ...
 def build_info() -> dict[str, str]: ...
@@ -56,6 +59,18 @@ def forward(
     bfloat16: bool,
     branch: Branch,
     merge: bool,
+    device: int,
+    stream: int,
+) -> None: ...
+def block_rows(
+    *,
+    layout: tuple[int, int, int, int],  # address; stride of heads, of the rows' and the other side
+    rows: int,
+    heads: int,
+    blocks: int,
+    words: int,
+    past: bool,
+    future: bool,
     device: int,
     stream: int,
 ) -> None: ...
@@ -88,6 +103,7 @@ def backward(
     heads: int,
     first_head: int,
     head_count: int,
+    heads_together: int,
     kv_heads: int,
     seq: int,
     head_dim: int,

@@ -14,6 +14,7 @@ from .merge import merge
 from .model import SparseTransformer, SparseTransformerConfig, presets
 from .nn import SelfAttention
 from .patterns import (
+    BlockSparse,
     Chunk,
     Dense,
     Dilated,
@@ -29,6 +30,7 @@ from .patterns import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockSparse",
     "Chunk",
     "Dense",
     "Dilated",

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m sparse_attn``: what is installed, what it can use here, and a self-test."""
+"""``python -m sparse_attn``: what is installed, what it can use here, and a self-test.
+
+With arguments it is the `sparse-attn` command.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import torch
 
 import sparse_attn as sa
 
+from . import cli
 from .backends import cuda, reference
 from .dispatch import choose_backend
 
@@ -57,6 +61,8 @@ def self_test(device: str) -> tuple[str, bool]:
 
 
 def main() -> int:
+    if sys.argv[1:]:
+        return cli.main()
     for name, value in describe():
         print(f"{name:14} {value}")
     devices = ["cpu", *(f"cuda:{device}" for device in range(torch.cuda.device_count()))]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators ``torch.ops.sparse_attn.forward`` and ``.backward``, differentiable and traceable.
 
-A pattern travels as its ``spec``, without the sequence length, so that ``torch.compile`` with a
-changing length compiles once more and not once for each length. Inputs are checked here, once for
-every path.
+A pattern travels as its ``spec`` and the layout of a `BlockSparse`, without the sequence length, so
+that ``torch.compile`` with a changing length compiles once more and not once for each length.
+Inputs are checked here, once for every path.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from .backends import cuda, reference
 from .backends import torch as torch_backend
 from .dispatch import choose_backend, warn_once
-from .patterns import Pattern, PerHead, parse_pattern
+from .patterns import BlockSparse, Pattern, PerHead, pattern_of
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -36,13 +36,14 @@ _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 torch.library.define(
     "sparse_attn::forward",
-    "(Tensor q, Tensor k, Tensor v, str pattern, float? scale, str? backend) -> (Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor v, Tensor? layout, str pattern, float? scale, str? backend) "
+    "-> (Tensor, Tensor)",
     tags=_TAGS,
 )
 torch.library.define(
     "sparse_attn::backward",
     "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "str pattern, float? scale, str? backend) -> (Tensor, Tensor, Tensor)",
+    "Tensor? layout, str pattern, float? scale, str? backend) -> (Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 
@@ -76,6 +77,12 @@ def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -
     if not (1 <= q.shape[3] <= MAX_HEAD_DIM and 1 <= v.shape[3] <= MAX_HEAD_DIM):
         raise ValueError(f"head_dim must be from 1 to {MAX_HEAD_DIM}, {shapes}")
     check_pattern(pattern, q.shape[1])
+    if isinstance(pattern, BlockSparse):
+        pattern.check_length(q.shape[2])
+        if pattern.layout.device != q.device:
+            raise RuntimeError(
+                f"the layout must be on the device of q, got {pattern.layout.device} and {q.device}"
+            )
 
 
 def check_pattern(pattern: Pattern, heads: int | None = None) -> None:
@@ -86,6 +93,11 @@ def check_pattern(pattern: Pattern, heads: int | None = None) -> None:
         raise ValueError(
             f"PerHead takes one pattern for each head, "
             f"got {len(pattern.patterns)} patterns for {heads} heads"
+        )
+    if heads and isinstance(pattern, BlockSparse) and len(pattern.layout) not in (1, heads):
+        raise ValueError(
+            f"a layout is for one head or for each head, "
+            f"got shape {tuple(pattern.layout.shape)} for {heads} heads"
         )
 
 
@@ -115,11 +127,12 @@ def _forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    layout: torch.Tensor | None,
     pattern: str,
     scale: float | None,
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    parsed = parse_pattern(pattern)
+    parsed = pattern_of(pattern, layout)
     check(q, k, v, parsed)
     name, fallback = choose_backend(q, k, v, parsed, backend)
     if fallback is not None:
@@ -136,11 +149,12 @@ def _forward_fake(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    layout: torch.Tensor | None,
     pattern: str,
     scale: float | None,
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    check(q, k, v, parse_pattern(pattern))
+    check(q, k, v, pattern_of(pattern, layout))
     return _empty_outputs(q, v)
 
 
@@ -153,13 +167,14 @@ def _backward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
+    layout: torch.Tensor | None,
     pattern: str,
     scale: float | None,
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dq, dk, dv = (_empty(x, x.shape[3]) for x in (q, k, v))
     if lse.numel():
-        parsed = parse_pattern(pattern)
+        parsed = pattern_of(pattern, layout)
         name, _ = choose_backend(q, k, v, parsed, backend)
         with _without_autocast(name, q.device):
             run = _BACKWARD[name]
@@ -181,18 +196,18 @@ def _backward_fake(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    q, k, v, ctx.pattern, ctx.scale, ctx.backend = inputs
-    ctx.save_for_backward(q, k, v, *output)
+    q, k, v, layout, ctx.pattern, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(q, k, v, layout, *output)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> Any:
-    q, k, v, out, lse = ctx.saved_tensors
+    q, k, v, layout, out, lse = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
     grads = torch.ops.sparse_attn.backward(
-        dout, dlse, q, k, v, out, lse, ctx.pattern, ctx.scale, ctx.backend
+        dout, dlse, q, k, v, out, lse, layout, ctx.pattern, ctx.scale, ctx.backend
     )
-    return *grads, None, None, None
+    return *grads, None, None, None, None
 
 
 def _differentiate_twice(ctx: Any, *grads: Any) -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `sparse-attn` command: demo, train, sample, plot."""
+"""The `sparse-attn` command: demo, train, sample, plot, plan."""
 
 from __future__ import annotations
 
@@ -170,6 +170,12 @@ def run_plot(
     print(f"wrote {out}")
 
 
+def run_plan(pattern: str, n: int) -> None:
+    from .plan_file import plan_text
+
+    print(plan_text(parse_pattern(pattern), n), end="")
+
+
 def _load_model(path: Path) -> tuple[SparseTransformer, torch.device, str]:
     """The model of a checkpoint, with the device and precision to run it in."""
     from .train import checkpoint, loop
@@ -237,6 +243,11 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--layer", type=int, help="from 0 (the last)")
     plot.add_argument("--head", type=int, help="from 0 (the mean of all)")
     plot.add_argument("--position", type=int, help="byte to predict (7/8 of the text)")
+
+    plan = commands.add_parser("plan", help="print a pattern's plan, for the program kernel_bench")
+    plan.set_defaults(run=run_plan)
+    plan.add_argument("pattern", help='such as "strided:128", "fixed:128,32"')
+    plan.add_argument("--n", type=int, required=True, help="tokens of the sequence")
     return parser
 
 

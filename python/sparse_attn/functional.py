@@ -10,7 +10,7 @@ import torch
 
 from . import _ops
 from .dispatch import choose_backend
-from .patterns import Pattern
+from .patterns import BlockSparse, Pattern
 
 
 @overload
@@ -81,7 +81,8 @@ def attention(
             raise ValueError(f"scale must be finite, got {scale}")
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend must be a str or None, got {backend!r}")
-    out, lse = torch.ops.sparse_attn.forward(q, k, v, pattern.spec, scale, backend)
+    layout = pattern.layout if isinstance(pattern, BlockSparse) else None
+    out, lse = torch.ops.sparse_attn.forward(q, k, v, layout, pattern.spec, scale, backend)
     return (out, lse) if return_lse else out
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
+    "BlockSparse",
     "Chunk",
     "Dense",
     "Dilated",
@@ -49,8 +50,14 @@ class Pattern:
     def _set_spec(self) -> None:
         object.__setattr__(self, "spec", repr(self))
 
+    @property
+    def rule(self) -> Pattern:
+        """The pattern without a layout of blocks: all that its plan depends on."""
+        return self
+
     def mask(self, n: int) -> torch.Tensor:
-        """The pattern as a bool tensor ``(n, n)`` [query, key]; ``(heads, n, n)`` for `PerHead`.
+        """The pattern as a bool tensor ``(n, n)`` [query, key]; ``(heads, n, n)`` for `PerHead`
+        and a `BlockSparse` with a layout for each head.
 
         >>> Local(2).mask(3).int().tolist()
         [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
@@ -62,7 +69,7 @@ class Pattern:
         raise NotImplementedError
 
     def keys_per_query(self, n: int) -> torch.Tensor:
-        """Number of keys of each query, int64 ``(n,)``; ``(heads, n)`` for `PerHead`. Costs O(n).
+        """Number of keys of each query, int64 ``(n,)``, or ``(heads, n)`` as in `mask`. Costs O(n).
 
         >>> Strided(2).keys_per_query(6).tolist()
         [1, 2, 3, 3, 4, 4]
@@ -72,7 +79,7 @@ class Pattern:
     def flops(self, n: int, head_dim: int, head_dim_v: int | None = None) -> int:
         """Floating-point operations of one forward pass, for one batch entry and one head.
 
-        ``2 * pairs * (head_dim + head_dim_v)``; the mean over the heads for `PerHead`.
+        ``2 * pairs * (head_dim + head_dim_v)``; the mean over the heads where they differ.
         """
         pairs = self.keys_per_query(n)
         heads = pairs.shape[0] if pairs.dim() == 2 else 1
@@ -332,6 +339,11 @@ class Union(Pattern):
                 members.update(pattern.members)
             elif isinstance(pattern, _Member):
                 members.add(pattern)
+            elif isinstance(pattern, BlockSparse):
+                raise NotImplementedError(
+                    "BlockSparse cannot be a member of a union: set the blocks of the other "
+                    "members in its layout"
+                )
             else:
                 raise TypeError(f"{type(pattern).__name__} cannot be a member of a union")
         if len({member.causal for member in members}) > 1:
@@ -384,6 +396,113 @@ def _near_and_far(
     return (Branch(tokens, run, (near_segment,)), Branch(queries, run, far_segments))
 
 
+@dataclass(frozen=True, repr=False, eq=False)
+class BlockSparse(Pattern):
+    """Any pattern of square blocks: query i attends key j if layout[i div block, j div block].
+
+    Args:
+        layout: bool ``(1 or heads, blocks, blocks)`` [head, query block, key block] on the device
+            of the inputs, ``blocks = ceil(n / block)``: a pattern for one sequence length.
+        block: 16, 32, 64 or 128 tokens.
+        causal: only keys up to the query, also in the blocks on the diagonal.
+
+    Equal to another one if they share the layout itself, not by its content. A query with no block
+    has output 0, lse -inf.
+
+    >>> blocks = torch.eye(3, dtype=torch.bool)
+    >>> BlockSparse(blocks[None], 16).keys_per_query(40)[:20].tolist()
+    [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 1, 2, 3, 4]
+    """
+
+    layout: torch.Tensor
+    block: int
+    causal: bool = field(default=True, kw_only=True)
+    blocks: ClassVar[tuple[int, ...]] = (16, 32, 64, 128)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layout, torch.Tensor) or self.layout.dtype != torch.bool:
+            kind = getattr(self.layout, "dtype", type(self.layout).__name__)
+            raise TypeError(f"layout must be a bool tensor, got {kind}")
+        if self.layout.layout != torch.strided:
+            raise TypeError(f"layout must be a dense tensor, got {self.layout.layout}")
+        shape = tuple(self.layout.shape)
+        if len(shape) != 3 or shape[0] == 0 or shape[1] != shape[2]:
+            raise ValueError(f"layout must be (1 or heads, blocks, blocks), got shape {shape}")
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        check_size("block", self.block)
+        if self.block not in self.blocks:
+            raise ValueError(f"block must be one of {self.blocks}, got {self.block}")
+        if not isinstance(self.causal, bool):
+            raise TypeError(f"causal must be a bool, got {self.causal!r}")
+        spec = f"BlockSparse(block={self.block}, causal={self.causal})"
+        object.__setattr__(self, "spec", spec)
+
+    @staticmethod
+    def _of_sizes(*, block: int, causal: bool) -> BlockSparse:
+        """The rule: no layout yet."""
+        rule = object.__new__(BlockSparse)
+        for name, value in (("layout", None), ("block", block), ("causal", causal)):
+            object.__setattr__(rule, name, value)
+        rule._check_sizes()
+        return rule
+
+    @property
+    def rule(self) -> Pattern:
+        return _parse(self.spec)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, BlockSparse)
+            and self.layout is other.layout
+            and self.spec == other.spec
+        )
+
+    def __hash__(self) -> int:
+        return hash((id(self.layout), self.spec))
+
+    def __repr__(self) -> str:
+        shape = "" if self.layout is None else f"layout={tuple(self.layout.shape)}, "
+        return f"BlockSparse({shape}block={self.block}, causal={self.causal})"
+
+    def check_length(self, n: int) -> None:
+        """ValueError unless the layout is for ``n`` tokens."""
+        blocks = -(-n // self.block)
+        if self.layout.shape[1] != blocks:
+            raise ValueError(
+                f"a layout for {n} tokens in blocks of {self.block} has {blocks} blocks to a side, "
+                f"got shape {tuple(self.layout.shape)}"
+            )
+
+    def mask(self, n: int) -> torch.Tensor:
+        i, j = _positions(n)
+        self.check_length(n)
+        layout = self.layout.cpu()
+        kept = layout[:, i // self.block, j // self.block]
+        kept = kept & (j <= i) if self.causal else kept
+        return kept[0] if len(kept) == 1 else kept
+
+    def keys_per_query(self, n: int) -> torch.Tensor:
+        self.check_length(_check_length(n))
+        layout = self.layout.cpu()
+        token = torch.arange(n)
+        block = token // self.block
+        if not self.causal:
+            sizes = torch.bincount(block, minlength=layout.shape[2])
+            counts = (layout.double() @ sizes.double()).long()[:, block]
+        else:
+            before = layout.tril(-1).sum(2) * self.block
+            own = layout.diagonal(dim1=1, dim2=2).long()
+            counts = before[:, block] + own[:, block] * (token % self.block + 1)
+        return counts[0] if len(counts) == 1 else counts
+
+    def branches(self, n: int) -> tuple[Branch, ...]:
+        tokens = token_order(n)
+        everything = Run(n, window=n, chunks=(), past=True, future=not self.causal)
+        return (Branch(tokens, everything, (Segment(tokens, "inside"),), self.block),)
+
+
 @dataclass(frozen=True, repr=False)
 class PerHead(Pattern):
     """One pattern per query head: the paper's multi-head form and its distinct sub-blocks.
@@ -400,6 +519,10 @@ class PerHead(Pattern):
         for pattern in patterns:
             if not isinstance(pattern, Pattern) or isinstance(pattern, PerHead):
                 raise TypeError(f"PerHead takes a pattern for each head, got {pattern!r}")
+            if isinstance(pattern, BlockSparse):
+                raise TypeError(
+                    "PerHead takes no BlockSparse, whose layout may differ from head to head"
+                )
         if not patterns:
             raise ValueError("PerHead needs at least one pattern, got an empty list")
         object.__setattr__(self, "patterns", tuple(patterns))
@@ -419,6 +542,7 @@ _NAMES: dict[str, Any] = {
     function.__name__: function
     for function in (Dense, Local, Chunk, Dilated, Summary, Strided, Fixed, PerHead)
 }
+_NAMES["BlockSparse"] = BlockSparse._of_sizes
 
 
 def parse_pattern(spec: str) -> Pattern:
@@ -432,7 +556,21 @@ def parse_pattern(spec: str) -> Pattern:
     """
     if not isinstance(spec, str):
         raise TypeError(f"a pattern's spec must be a str, got {spec!r}")
-    return _parse(spec)
+    pattern = _parse(spec)
+    if isinstance(pattern, BlockSparse):
+        raise ValueError(f"no layout in {spec!r}: write BlockSparse(layout, block) in Python")
+    return pattern
+
+
+def pattern_of(spec: str, layout: torch.Tensor | None) -> Pattern:
+    """The pattern of a spec and, for a `BlockSparse`, its layout."""
+    pattern = _parse(spec)
+    if isinstance(pattern, BlockSparse) and layout is not None:
+        return BlockSparse(layout, pattern.block, causal=pattern.causal)
+    if isinstance(pattern, BlockSparse) or layout is not None:
+        given = "none" if layout is None else "one"
+        raise ValueError(f"only a BlockSparse takes a layout, got {spec!r} with {given}")
+    return pattern
 
 
 @lru_cache(maxsize=1024)
@@ -443,7 +581,7 @@ def _parse(spec: str) -> Pattern:
         pattern = _evaluate(ast.parse(text.strip(), mode="eval").body)
         if not isinstance(pattern, Pattern):
             raise TypeError(f"{text!r} is no pattern")
-    except (SyntaxError, KeyError, TypeError, ValueError) as error:
+    except (SyntaxError, KeyError, TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(
             f"no pattern in {spec!r} ({error}); write for example 'strided:128', "
             f"'Local(window=128)' or 'Chunk(128) | Summary(128, 32)' with {', '.join(_NAMES)}"

@@ -132,6 +132,9 @@ class Branch:
     queries: SequenceView
     run: Run
     segments: tuple[Segment, ...]
+    # Tokens in a block, where a layout says which key blocks each query block attends: queries and
+    # keys are in token order then. 0 without a layout.
+    block: int = 0
 
     def transposed(self) -> tuple[Branch, ...]:
         """Keys as queries: for each key view, the branch that lists the queries of every key.
@@ -150,6 +153,7 @@ class Branch:
                     for segment in self.segments
                     if segment.keys == keys
                 ),
+                self.block,
             )
             for keys in dict.fromkeys(segment.keys for segment in self.segments)
         )
@@ -160,10 +164,14 @@ def token_order(length: int) -> SequenceView:
     return SequenceView(length, groups=1, max_rows=length)
 
 
-@lru_cache(maxsize=1024)
 def plan(pattern: Pattern, length: int) -> tuple[Branch, ...]:
     """Branches of a pattern at ``length`` >= 1 tokens; a key of a query is in one segment."""
-    return pattern.branches(length)
+    return _plan(pattern.rule, length)
+
+
+@lru_cache(maxsize=1024)
+def _plan(rule: Pattern, length: int) -> tuple[Branch, ...]:
+    return rule.branches(length)
 
 
 def keys_per_query(pattern: Pattern, length: int) -> np.ndarray:

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from .patterns import (
+    BlockSparse,
     Chunk,
     Dense,
     Dilated,
@@ -53,7 +54,7 @@ def plot_pattern(pattern: Pattern, n: int) -> Figure:
         raise TypeError(f"pattern is {type(pattern).__name__}, wanted a pattern")
     if not 1 <= n <= MAX_PATTERN_LENGTH:
         raise ValueError(f"n is {n}, wanted 1 to {MAX_PATTERN_LENGTH} tokens in a picture")
-    heads = pattern.patterns if isinstance(pattern, PerHead) else (pattern,)
+    heads = _heads(pattern)
     across = math.ceil(math.sqrt(len(heads)))
     down = math.ceil(len(heads) / across)
     figure = _figure(4.6 * across, 4.9 * down)
@@ -250,6 +251,16 @@ def _figure(width: float, height: float) -> Figure:
     """An empty figure on an opaque light ground, readable on pages of any colour."""
     figure = import_figure()
     return figure(figsize=(width, height), dpi=120, layout="constrained", facecolor="white")
+
+
+def _heads(pattern: Pattern) -> tuple[Pattern, ...]:
+    """A pattern for each head, or one for all."""
+    if isinstance(pattern, PerHead):
+        return pattern.patterns
+    if isinstance(pattern, BlockSparse):
+        layouts = pattern.layout.split(1)
+        return tuple(BlockSparse(x, pattern.block, causal=pattern.causal) for x in layouts)
+    return (pattern,)
 
 
 def _member_numbers(pattern: Pattern, n: int) -> NDArray[np.int64]:

@@ -4,6 +4,7 @@
 
 #include "attention/register_tile.cuh"
 #include "attention/shared_tile.cuh"
+#include "attention/tiles.h"
 #include "params.h"
 
 namespace sparse_attn::sm80::backward {
@@ -19,27 +20,38 @@ struct Config {
   static constexpr bool kSumsDqOrDk = kSums != Sums::dv;
   static constexpr bool kSumsDv = kSums == Sums::dk_dv || kSums == Sums::dv;
   static constexpr int kSumColumns = (kSumsDqOrDk ? kHeadDim : 0) + (kSumsDv ? kHeadDimV : 0);
-  // With 32 rows a warp, a fragment of a streamed tile, once loaded, serves two mma; 16 where the
-  // sums of 32 rows would not fit the registers.
-  static constexpr int kWarpRows = kSumColumns <= 64 ? 32 : 16;
+  static constexpr int kWarpRows = 16;  // the rows of one mma
   static constexpr int kTileOwn = kHeadDim + kHeadDimV <= 256 ? 64 : 32;
-  // Weights and their gradient take the registers that the sums leave.
-  static constexpr int kTileStreamed = kSumColumns == 128 ? 64 : kSumColumns < 256 ? 32 : 16;
+  static constexpr int kTileStreamed = kHeadDim + kHeadDimV <= 256 ? 64 : 16;
+  // Streamed rows whose weights and gradients of weights are in registers at a time.
+  static constexpr int kScoreColumns = kSumColumns < 256 ? 32 : 16;
   static constexpr int kWarps = kTileOwn / kWarpRows;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kLeastCtas = 8 / kWarps;  // on a multiprocessor: up to 255 registers a lane
-  static constexpr int kStages = 2;              // one tile is computed while the next one loads
+  // On a multiprocessor: as many as have no spills and fit its shared memory.
+  static constexpr int kLeastCtas = kHeadDim + kHeadDimV <= 128 && kSumColumns <= 64    ? 4
+                                    : kHeadDim + kHeadDimV <= 192 && kSumColumns <= 128 ? 3
+                                                                                        : 2;
+  static constexpr int kStages = 2;  // one tile is computed while the next one loads
 
-  using Scores = RegisterTile<kWarpRows, kTileStreamed>;
+  static constexpr int kStatsRows = kOwnsQueries ? kTileOwn : kTileStreamed;  // queries' rows
+
+  using Scores = RegisterTile<kWarpRows, kScoreColumns>;
   using Gradient = RegisterTile<kWarpRows, kHeadDim>;
   using GradientV = RegisterTile<kWarpRows, kHeadDimV>;
 
   struct SharedMemory {
+    static constexpr int kTileRows = kTileStreamed;
     SharedTile<T, kTileOwn, kHeadDim> own;                        // q or k; in the end dq or dk
     SharedTile<T, kTileOwn, kHeadDimV> own_v;                     // dout or v; in the end dv
     SharedTile<T, kTileStreamed, kHeadDim> streamed[kStages];     // k or q
     SharedTile<T, kTileStreamed, kHeadDimV> streamed_v[kStages];  // v or dout
-    RowStats stats[kStages][kTileStreamed];                       // of streamed queries
+    RowStats stats[kOwnsQueries ? 1 : kStages][kStatsRows];       // of the queries
+    // What is needed now and then, out of the way of the registers.
+    QueryTile rows;  // own rows; the head is the first of those summed
+    int kv_head;
+    Interval attended[kMaxSegments][kTileOwn];
+    KeyTiles walk;     // of thread 0
+    KeyTile tiles[4];  // the one computed, the one loading, the one found; a power of 2
   };
   static_assert(sizeof(SharedMemory) <= 99 * 1024,
                 "a CTA has 99 KB on compute capability 8.6, 8.9");

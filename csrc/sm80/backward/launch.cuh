@@ -11,10 +11,9 @@ namespace sparse_attn::sm80::backward {
 template <class T, int kHeadDim, int kHeadDimV, Sums kSums>
 void launch_sums(const BackwardParams& params) {
   using Config = Config<T, kHeadDim, kHeadDimV, kSums>;
-  const int heads_together = Config::kOwnsQueries ? 1 : params.heads / params.kv_heads;
   launch_tiles<Config>(backward_kernel<T, kHeadDim, kHeadDimV, kSums>, params,
                        QueryTile::count(params.branch.queries, Config::kTileOwn,
-                                        params.head_count / heads_together, params.batch));
+                                        params.head_count / params.heads_together, params.batch));
 }
 
 template <class T, int kHeadDim, int kHeadDimV>

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..patterns import Pattern, PerHead
+from ..patterns import BlockSparse, Pattern, PerHead
 from ..plan import Branch, SequenceView, plan
 
 if TYPE_CHECKING:
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 _PARTS = {"before": 0, "inside": 1, "after": 2}
 _LEAST_CAPABILITY = (8, 0)
 _LEAST_DRIVER = 13000  # CUDA 13.0
-# Key rows and tile ends are 32-bit integers.
+# Key rows, tile ends and the stride between tokens are 32-bit integers.
 _MOST_TOKENS = 1 << 30
+_MOST_ROW_STRIDE = (1 << 31) - 1
 
 
 def native() -> Any:
@@ -38,7 +39,9 @@ def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Patt
     """Why the kernels cannot run these inputs, in words; None if they can."""
     if not q.is_cuda:
         return f"the inputs are on {q.device}, the kernels need a CUDA device"
-    return _no_kernels(q.device) or _no_kernel(q.dtype, q.shape[2], q.shape[3], v.shape[3], pattern)
+    return _no_kernels(q.device) or _no_kernel(
+        q.dtype, q.shape[2], q.shape[3], v.shape[3], pattern.rule
+    )
 
 
 def _no_kernels(device: torch.device) -> str | None:
@@ -102,6 +105,7 @@ def forward(
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     sizes = _sizes(q, k, v)
     for heads, head_pattern in _head_ranges(pattern, q.shape[1]):
+        blocks = _block_rows(head_pattern, q, keys_own=False)
         for number, branch in enumerate(native_plan(head_pattern, q.shape[2])):
             native().forward(
                 q=_argument(q),
@@ -110,7 +114,7 @@ def forward(
                 out=_argument(out),
                 lse=lse.data_ptr(),
                 scale=scale,
-                branch=branch,
+                branch=_with_blocks(branch, blocks),
                 merge=number > 0,
                 first_head=heads.start,
                 head_count=len(heads),
@@ -133,15 +137,13 @@ def backward(
     dk: torch.Tensor,
     dv: torch.Tensor,
 ) -> None:
-    if isinstance(pattern, PerHead) and k.shape[1] != q.shape[1]:
-        # Heads of one kv head may differ: each has a dk and dv of its own, summed in the end.
-        ratio = q.shape[1] // k.shape[1]
-        k, v = (x.repeat_interleave(ratio, dim=1) for x in (k, v))
-        head_dk, head_dv = torch.empty_like(k), torch.empty_like(v)
-        backward(dout, dlse, q, k, v, out, lse, pattern, scale, dq, head_dk, head_dv)
-        dk.copy_(head_dk.unflatten(1, (-1, ratio)).sum(2, dtype=torch.float32))
-        dv.copy_(head_dv.unflatten(1, (-1, ratio)).sum(2, dtype=torch.float32))
-        return
+    group = q.shape[1] // k.shape[1]
+    ranges = _head_ranges(pattern, q.shape[1])
+    kv_dk, kv_dv = dk, dv
+    if any(heads.start % group or heads.stop % group for heads, _ in ranges):
+        # Heads of one kv head differ: each has a dk and dv of its own, summed in the end.
+        group = 1
+        dk, dv = (x.new_empty((*q.shape[:3], x.shape[3])) for x in (k, v))
     q, k, v, dout, out = (_aligned(x) for x in (q, k, v, dout, out))
     stats = lse.new_empty((*lse.shape, 2))
     sizes = _sizes(q, k, v)
@@ -154,12 +156,13 @@ def backward(
         **{name: sizes[name] for name in ("batch", "heads", "seq", "head_dim_v")},
         **_launch(q),
     )
-    for heads, head_pattern in _head_ranges(pattern, q.shape[1]):
+    for heads, head_pattern in ranges:
         if not plan(head_pattern, q.shape[2])[0].segments[0].keys.lists_every_token:
             # The launches write only the keys that a segment lists.
-            dk[:, heads.start : heads.stop].zero_()
-            dv[:, heads.start : heads.stop].zero_()
+            dk[:, heads.start // group : heads.stop // group].zero_()
+            dv[:, heads.start // group : heads.stop // group].zero_()
         for keys_own in (False, True):
+            blocks = _block_rows(head_pattern, q, keys_own)
             branches = native_plan(head_pattern, q.shape[2], transposed=keys_own)
             for number, branch in enumerate(branches):
                 native().backward(
@@ -173,13 +176,50 @@ def backward(
                     stats=stats.data_ptr(),
                     scale=scale,
                     keys_own=keys_own,
-                    branch=branch,
+                    branch=_with_blocks(branch, blocks),
                     accumulate=number > 0,
                     first_head=heads.start,
                     head_count=len(heads),
+                    heads_together=group if keys_own else 1,
                     **sizes,
                     **_launch(q),
                 )
+    if dk is not kv_dk:
+        kv_dk.copy_(dk.unflatten(1, (k.shape[1], -1)).sum(2, dtype=torch.float32))
+        kv_dv.copy_(dv.unflatten(1, (k.shape[1], -1)).sum(2, dtype=torch.float32))
+
+
+def _block_rows(pattern: Pattern, q: torch.Tensor, keys_own: bool) -> torch.Tensor | None:
+    """The blocks that each block of queries, or of keys if they own, attends, a bit each.
+
+    int32 (heads or 1, blocks, words), made on the GPU: the layout never comes to the host.
+    """
+    if not isinstance(pattern, BlockSparse):
+        return None
+    layout = pattern.layout.mT if keys_own else pattern.layout
+    heads, count, _ = layout.shape
+    rows = layout.new_empty((heads, count, -(-count // 32)), dtype=torch.int32)
+    native().block_rows(
+        layout=(layout.data_ptr(), *layout.stride()),
+        rows=rows.data_ptr(),
+        heads=heads,
+        blocks=count,
+        words=rows.shape[2],
+        past=not pattern.causal or not keys_own,
+        future=not pattern.causal or keys_own,
+        **_device(q),
+    )
+    return rows
+
+
+def _with_blocks(branch: _C.Branch, rows: torch.Tensor | None) -> _C.Branch:
+    if rows is None:
+        return branch
+    return branch.with_blocks(
+        rows=rows.data_ptr(),
+        words=rows.shape[2],
+        head_stride=rows.stride(0) if rows.shape[0] > 1 else 0,
+    )
 
 
 def _sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, int]:
@@ -195,9 +235,12 @@ def _sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, int]:
 
 
 def _launch(q: torch.Tensor) -> dict[str, int]:
-    """Element type, device and current stream: what every launch takes from here."""
+    """Element type, device and current stream."""
+    return {"bfloat16": q.dtype == torch.bfloat16, **_device(q)}
+
+
+def _device(q: torch.Tensor) -> dict[str, int]:
     return {
-        "bfloat16": q.dtype == torch.bfloat16,
         "device": q.device.index,
         "stream": torch.cuda.current_stream(q.device).cuda_stream,
     }
@@ -207,7 +250,8 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
     """x, or a copy whose rows are contiguous and start on 16 bytes (8 elements)."""
     steps = [stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
     contiguous_rows = x.stride(3) == 1 or x.shape[3] == 1
-    if contiguous_rows and x.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in steps):
+    near = x.shape[2] <= 1 or x.stride(2) <= _MOST_ROW_STRIDE
+    if contiguous_rows and near and x.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in steps):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
@@ -230,10 +274,14 @@ def _head_ranges(pattern: Pattern, heads: int) -> list[tuple[range, Pattern]]:
     return ranges
 
 
-@lru_cache(maxsize=1024)
 def native_plan(pattern: Pattern, length: int, transposed: bool = False) -> tuple[_C.Branch, ...]:
     """The plan, or its transposed branches, in the kernels' structs."""
-    branches = plan(pattern, length)
+    return _native_plan(pattern.rule, length, transposed)
+
+
+@lru_cache(maxsize=1024)
+def _native_plan(rule: Pattern, length: int, transposed: bool) -> tuple[_C.Branch, ...]:
+    branches = plan(rule, length)
     if transposed:
         branches = tuple(part for branch in branches for part in branch.transposed())
     return tuple(_native_branch(branch) for branch in branches)
@@ -248,7 +296,7 @@ def _native_branch(branch: Branch) -> _C.Branch:
         future=branch.run.future,
     )
     segments = [(_native_view(s.keys), _PARTS[s.part]) for s in branch.segments]
-    return native().Branch(_native_view(branch.queries), run, segments)
+    return native().Branch(_native_view(branch.queries), run, segments, branch.block)
 
 
 def _native_view(view: SequenceView) -> _C.SequenceView:

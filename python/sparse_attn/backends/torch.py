@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..merge import merge
-from ..patterns import Pattern, PerHead
+from ..patterns import BlockSparse, Pattern, PerHead
 from ..plan import Branch, plan
 from .reference import per_query_head
 
@@ -32,7 +32,8 @@ class _Block:
 
     queries: torch.Tensor  # (groups, rows) positions; n where a group has no such row
     keys: tuple[torch.Tensor, ...]  # for each segment (groups, key rows) positions, likewise
-    attends: torch.Tensor  # (groups, rows, key rows of all segments) bool
+    # bool (groups, rows, key rows of all segments); of a layout (heads or 1, groups, rows, ...)
+    attends: torch.Tensor
 
 
 def forward(
@@ -51,7 +52,7 @@ def forward(
         total_out = _accumulator(q_, v.shape[3], lse.dtype)
         total_lse = total_out.new_full(total_out.shape[:3], float("-inf"))
         for branch in plan(head_pattern, n):
-            for block in _blocks(branch, batch * q_.shape[1], q.device):
+            for block in _blocks(branch, head_pattern, batch * q_.shape[1], q.device):
                 scores = _scores(q_, k_, block, scale, lse.dtype)
                 block_lse = torch.logsumexp(scores, -1)
                 weights = torch.exp(scores - _finite(block_lse)[..., None])
@@ -95,7 +96,7 @@ def backward(
         q_, k_, v_, dout_ = q[:, heads], k[:, heads], v[:, heads], dout[:, heads]
         dq_, dk_, dv_ = sum_dq[:, heads], sum_dk[:, heads], sum_dv[:, heads]
         for branch in plan(head_pattern, n):
-            for block in _blocks(branch, batch * q_.shape[1], q.device):
+            for block in _blocks(branch, head_pattern, batch * q_.shape[1], q.device):
                 keys = torch.cat(block.keys, 1)
                 block_lse = _finite(_take(lse[:, heads], block.queries))
                 weights = torch.exp(_scores(q_, k_, block, scale, dtype) - block_lse[..., None])
@@ -123,8 +124,13 @@ def _heads_by_pattern(pattern: Pattern, heads: int) -> list[tuple[slice | list[i
     ]
 
 
-def _blocks(branch: Branch, batch_heads: int, device: torch.device) -> Iterator[_Block]:
+def _blocks(
+    branch: Branch, pattern: Pattern, batch_heads: int, device: torch.device
+) -> Iterator[_Block]:
     """The blocks of a branch, in order; a block whose queries have no key is left out."""
+    if isinstance(pattern, BlockSparse):
+        yield from _layout_blocks(pattern, branch.run.length, batch_heads, device)
+        return
     view, n = branch.queries, branch.run.length
     last = view.position(0, view.max_rows - 1)
     bounds = [segment.bounds(branch.run, 0, last) for segment in branch.segments]
@@ -152,6 +158,34 @@ def _blocks(branch: Branch, batch_heads: int, device: torch.device) -> Iterator[
                     tuple(torch.from_numpy(x).to(device) for x in keys),
                     torch.from_numpy(np.concatenate(attends, axis=2)).to(device),
                 )
+
+
+def _layout_blocks(
+    pattern: BlockSparse, n: int, batch_heads: int, device: torch.device
+) -> Iterator[_Block]:
+    """Likewise for a layout: some queries of one block, with the key blocks of all heads."""
+    layout = pattern.layout.cpu().numpy()
+    if pattern.causal:
+        layout = np.tril(layout)
+    for query_block, kept in enumerate(layout.transpose(1, 0, 2)):  # kept (heads or 1, blocks)
+        key_blocks = np.flatnonzero(kept.any(0))
+        if not key_blocks.size:
+            continue
+        keys = (key_blocks[:, None] * pattern.block + np.arange(pattern.block)).flatten()
+        keys = keys[keys < n]
+        of_heads = kept[:, keys // pattern.block][:, None, None]  # (heads or 1, 1, 1, keys)
+        rows = pattern.block
+        while rows > _LEAST_ROWS and batch_heads * rows * keys.size > _BLOCK_SCORES:
+            rows //= 2
+        end = min((query_block + 1) * pattern.block, n)
+        for first in range(query_block * pattern.block, end, rows):
+            queries = np.arange(first, min(first + rows, end))
+            causal = (keys <= queries[:, None]) | (not pattern.causal)
+            yield _Block(
+                torch.from_numpy(queries[None]).to(device),
+                (torch.from_numpy(keys[None]).to(device),),
+                torch.from_numpy(of_heads & causal).to(device),
+            )
 
 
 def _scores(

@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+// kernel_bench: the kernels of a plan, checked and timed, without Python. See usage() in
+// options.cpp.
+#include <cuda_runtime.h>
+
+#include <cstdio>
+#include <exception>
+#include <fstream>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "dispatch.h"
+#include "kernel_bench/options.h"
+#include "kernel_bench/plan_file.h"
+#include "kernel_bench/reference.h"
+#include "kernel_bench/report.h"
+#include "kernel_bench/tensors.h"
+#include "kernel_bench/timing.h"
+
+// cuda_profiler_api.h, which declares these, comes in a wheel of its own.
+extern "C" cudaError_t cudaProfilerStart();
+extern "C" cudaError_t cudaProfilerStop();
+
+namespace sparse_attn::kernel_bench {
+namespace {
+
+// What forward and backward params share.
+template <class Params>
+Params params_of(const Tensors& tensors, int device) {
+  Params params{};
+  params.q = tensors.view(tensors.q, tensors.heads, tensors.head_dim);
+  params.k = tensors.view(tensors.k, tensors.kv_heads, tensors.head_dim);
+  params.v = tensors.view(tensors.v, tensors.kv_heads, tensors.head_dim_v);
+  params.batch = tensors.batch;
+  params.heads = tensors.heads;
+  params.head_count = tensors.heads;
+  params.kv_heads = tensors.kv_heads;
+  params.seq_q = params.seq_k = tensors.seq;
+  params.head_dim = tensors.head_dim;
+  params.head_dim_v = tensors.head_dim_v;
+  params.scale = tensors.scale();
+  params.element = tensors.element;
+  params.device = device;
+  return params;
+}
+
+void run_forward(const PlanFile& plan, const Tensors& tensors, int device) {
+  auto params = params_of<ForwardParams>(tensors, device);
+  params.out = tensors.view(tensors.out, tensors.heads, tensors.head_dim_v);
+  params.lse = tensors.lse.data();
+  for (const Branch& branch : plan.branches) {
+    params.branch = branch;
+    forward(params);
+    params.merge = true;
+  }
+}
+
+void run_row_stats(const Tensors& tensors, int device) {
+  RowStatsParams params{};
+  params.out = tensors.view(tensors.out, tensors.heads, tensors.head_dim_v);
+  params.dout = tensors.view(tensors.dout, tensors.heads, tensors.head_dim_v);
+  params.lse = tensors.lse.data();
+  params.stats = tensors.stats.data();
+  params.batch = tensors.batch;
+  params.heads = tensors.heads;
+  params.seq = tensors.seq;
+  params.head_dim_v = tensors.head_dim_v;
+  params.element = tensors.element;
+  params.device = device;
+  row_stats(params);
+}
+
+void run_backward(const PlanFile& plan, const Tensors& tensors, int device) {
+  run_row_stats(tensors, device);
+  if (plan.zero_key_gradients) {
+    CHECK_CUDA(cudaMemsetAsync(tensors.dk.data(), 0, tensors.dk.bytes()));
+    CHECK_CUDA(cudaMemsetAsync(tensors.dv.data(), 0, tensors.dv.bytes()));
+  }
+  auto params = params_of<BackwardParams>(tensors, device);
+  params.dout = tensors.view(tensors.dout, tensors.heads, tensors.head_dim_v);
+  params.dq = tensors.view(tensors.dq, tensors.heads, tensors.head_dim);
+  params.dk = tensors.view(tensors.dk, tensors.kv_heads, tensors.head_dim);
+  params.dv = tensors.view(tensors.dv, tensors.kv_heads, tensors.head_dim_v);
+  params.stats = tensors.stats.data();
+  for (const Owner owner : {Owner::queries, Owner::keys}) {
+    params.owner = owner;
+    params.heads_together = owner == Owner::keys ? tensors.heads / tensors.kv_heads : 1;
+    params.accumulate = false;
+    for (const Branch& branch : owner == Owner::keys ? plan.transposed : plan.branches) {
+      params.branch = branch;
+      backward(params);
+      params.accumulate = true;
+    }
+  }
+}
+
+PlanFile read_plan_at(const std::string& path) {
+  std::ifstream input(path);
+  if (!input.is_open()) throw std::runtime_error("cannot open " + path);
+  return read_plan(input, path);
+}
+
+Report run(const Options& options) {
+  Report report{options, read_plan_at(options.plan), {}, {}, {}};
+  const PlanFile& plan = report.plan;
+  int device = 0;
+  CHECK_CUDA(cudaGetDevice(&device));
+  cudaDeviceProp properties{};
+  CHECK_CUDA(cudaGetDeviceProperties(&properties, device));
+  report.device = properties.name;
+
+  const Tensors tensors(options, plan.length);
+  const auto call_forward = [&] { run_forward(plan, tensors, device); };
+  const auto call_backward = [&] { run_backward(plan, tensors, device); };
+  std::optional<CacheFlush> flush;
+  if (options.cold) flush.emplace();
+
+  // The call that is checked; with --once the one that is profiled.
+  const auto call_once = [&](const auto& call, bool profiled) {
+    if (flush) (*flush)();
+    CHECK_CUDA(cudaDeviceSynchronize());
+    if (profiled) CHECK_CUDA(cudaProfilerStart());
+    call();
+    CHECK_CUDA(cudaDeviceSynchronize());
+    if (profiled) CHECK_CUDA(cudaProfilerStop());
+  };
+  call_once(call_forward, options.once && options.forward);
+  if (options.backward) call_once(call_backward, options.once);
+  report.checks = check(plan, tensors, sample_tokens(tensors, options.seed), options.backward);
+  if (options.once || !report.correct()) return report;
+
+  if (options.forward) {
+    report.times.push_back({Direction::forward, time_calls(call_forward, options.repeats, flush)});
+  }
+  if (options.backward) {
+    report.times.push_back(
+        {Direction::backward, time_calls(call_backward, options.repeats, flush)});
+  }
+  return report;
+}
+
+}  // namespace
+}  // namespace sparse_attn::kernel_bench
+
+int main(int count, char** arguments) {
+  using namespace sparse_attn::kernel_bench;
+  try {
+    const Options options = read_options({arguments + 1, arguments + count});
+    if (options.help) {
+      std::fputs(usage().c_str(), stdout);
+      return 0;
+    }
+    const Report report = run(options);
+    std::fputs((options.json ? to_json(report) : to_text(report)).c_str(), stdout);
+    return report.correct() ? 0 : 1;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "kernel_bench: error: %s\n", error.what());
+    return 2;
+  }
+}

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the portable kernels under compute-sanitizer: memcheck, synccheck and racecheck.
+
+    python tests/sanitize.py
+
+First a planted fault for each tool, which it must report; then forward and backward of every
+head-dim pair, where it must report nothing. Needs a GPU, nvcc and compute-sanitizer.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import sparse_attn as sa
+
+FAULTS = Path(__file__).with_name("sanitize_faults.cu")
+TOOLS = ("memcheck", "synccheck", "racecheck")
+# How each tool words its fault.
+REPORTS = {
+    "memcheck": "Invalid __global__ write",
+    "synccheck": "Barrier error detected",
+    "racecheck": "Race reported between",
+}
+SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) ")
+FOUND = 97  # exit status of a tool that reports something
+FAULT_LIMIT, LIMIT = 60.0, 230.0  # seconds
+
+HEAD_DIMS = ((32, 32), (64, 64), (64, 128), (96, 96), (128, 128), (256, 256), (40, 72))
+# Pattern, ragged n, heads and kv_heads.
+CALLS: tuple[tuple[sa.Pattern, int, int, int], ...] = (
+    (sa.Strided(16), 131, 2, 2),
+    (sa.Strided(13, causal=False), 150, 2, 1),
+    (sa.Fixed(32, 8), 131, 2, 1),
+    (sa.Fixed(24, 5, causal=False), 197, 2, 2),
+    (sa.Summary(16, 3, causal=False), 65, 2, 2),
+    (sa.Chunk(48) | sa.Local(20) | sa.Dilated(9), 133, 1, 1),
+    (sa.Dense(), 129, 2, 2),
+    (sa.PerHead([sa.Local(9), sa.Chunk(7)]), 71, 2, 1),
+    (sa.Strided(16), 1, 1, 1),
+)
+
+
+# What runs under a tool.
+
+
+def tensor(*sizes: int, dtype: torch.dtype) -> torch.Tensor:
+    """Made on the CPU: only our kernels, fills and copies run on the GPU."""
+    return torch.randn(*sizes).to(dtype).cuda()
+
+
+def run_calls() -> None:
+    """Forward and backward of everything; prints the number of calls."""
+    count = 0
+    for dtype in (torch.float16, torch.bfloat16):
+        for head_dim, head_dim_v in HEAD_DIMS:
+            for pattern, n, heads, kv_heads in CALLS:
+                q = tensor(1, n, heads, head_dim, dtype=dtype).transpose(1, 2)
+                k = tensor(1, kv_heads, n, head_dim, dtype=dtype)
+                v = tensor(1, kv_heads, n, head_dim_v, dtype=dtype)
+                q, k, v = (x.requires_grad_() for x in (q, k, v))
+                results = sa.attention(q, k, v, pattern, return_lse=True, backend="cuda")
+                dout = tensor(1, heads, n, head_dim_v, dtype=dtype)
+                dlse = tensor(1, heads, n, dtype=torch.float32)
+                grads = torch.autograd.grad(results, (q, k, v), (dout, dlse))
+                for x in (results[0], *grads):
+                    assert x.cpu().isfinite().all(), (pattern, n, head_dim, head_dim_v, dtype)
+                count += 1
+    torch.cuda.synchronize()
+    print(count, "calls")
+
+
+def run_fault_in_kernel() -> None:
+    """The forward kernel with an lse that is 8 rows short."""
+    from sparse_attn.backends import cuda
+
+    q = tensor(1, 1, 131, 64, dtype=torch.float16)
+    lse = torch.empty(1, 1, 123, device="cuda")
+    cuda.forward(q, q, q, sa.Dense(), 0.125, torch.empty_like(q), lse)
+    torch.cuda.synchronize()
+
+
+# What runs the tools.
+
+
+def find_tool(name: str, *places: Path) -> str:
+    for path in (shutil.which(name), *(place / name for place in places)):
+        if path is not None and Path(path).is_file():
+            return str(path)
+    raise SystemExit(f"{name} was not found: put the CUDA toolkit on PATH")
+
+
+def compile_faults(folder: str) -> tuple[str, str]:
+    """Paths of compute-sanitizer and of the program with the faults."""
+    nvcc = os.environ.get("CUDACXX") or find_tool("nvcc", Path("/usr/local/cuda/bin"))
+    toolkit = Path(nvcc).resolve().parent
+    sanitizer = find_tool(
+        "compute-sanitizer",
+        toolkit,
+        toolkit.parent / "compute-sanitizer",
+        Path("/usr/local/cuda/bin"),
+    )
+    capability = "{}{}".format(*torch.cuda.get_device_capability())
+    program = str(Path(folder) / "faults")
+    command = [nvcc, f"-arch=sm_{capability}", "-lineinfo", "-o", program, str(FAULTS)]
+    subprocess.run(command, check=True)
+    return sanitizer, program
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a tool said of a program."""
+
+    status: int
+    count: int | None  # errors or hazards; None without a summary
+    text: str
+    seconds: float
+
+
+def sanitize(sanitizer: str, tool: str, program: list[str], limit: float) -> Report:
+    command = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20"]
+    environment = dict(os.environ)
+    if tool == "memcheck":
+        # Each tensor its own allocation, with nothing right behind it. PyTorch asks the driver for
+        # functions that it may lack, which is no error.
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+        command += ["--padding", "65536", "--report-api-errors", "no"]
+    start = time.monotonic()
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        process = subprocess.Popen(
+            command + program,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the tool and what it runs
+            status = process.wait()
+            output.write(f"\nno end after {limit} s\n")
+        output.seek(0)
+        text = output.read()
+    counts = SUMMARY.findall(text)
+    count = sum(map(int, counts)) if counts else None
+    return Report(status, count, text, time.monotonic() - start)
+
+
+def reports_fault(tool: str, report: Report) -> bool:
+    return bool(report.count) and report.status != 0 and REPORTS[tool] in report.text
+
+
+def is_clean(report: Report) -> bool:
+    """No error, and the calls ran to their end."""
+    finished = re.search(r"^\d+ calls$", report.text, re.MULTILINE) is not None
+    return report.status == 0 and report.count == 0 and finished
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA GPU on this machine")
+    this = [sys.executable, str(Path(__file__).resolve())]
+    passed, rows = True, []
+
+    def show(tool: str, program: str, wanted: str, right: bool, report: Report) -> None:
+        nonlocal passed
+        passed &= right
+        found = "no summary" if report.count is None else f"{report.count} reported"
+        verdict = "ok" if right else "WRONG"
+        rows.append(
+            f"{tool:<11}{program:<20}{wanted:<10}{found:<14}{report.seconds:6.0f} s  {verdict}"
+        )
+        print(rows[-1], flush=True)
+        if not right:
+            print(report.text[-20_000:], flush=True)
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(TOOLS)) as pool:
+        sanitizer, program = compile_faults(folder)
+
+        # Mostly host work, so the tools run beside each other.
+        def start(tool: str, program: list[str], limit: float) -> Future[Report]:
+            return pool.submit(sanitize, sanitizer, tool, program, limit)
+
+        planted = [start(tool, [program, tool], FAULT_LIMIT) for tool in TOOLS]
+        in_kernel = start("memcheck", [*this, "--fault"], FAULT_LIMIT)
+        for tool, future in zip(TOOLS, planted, strict=True):
+            report = future.result()
+            show(tool, "planted fault", "a report", reports_fault(tool, report), report)
+        report = in_kernel.result()
+        at_kernel = re.search(r"Invalid __global__ write.*\n=+ +at .*sparse_attn", report.text)
+        right = reports_fault("memcheck", report) and at_kernel is not None
+        show("memcheck", "lse too short", "a report", right, report)
+        if passed:
+            runs = [start(tool, [*this, "--calls"], LIMIT) for tool in TOOLS]
+            for tool, future in zip(TOOLS, runs, strict=True):
+                report = future.result()
+                show(tool, "forward, backward", "nothing", is_clean(report), report)
+    print("\n" + "\n".join(rows))
+    print("clean" if passed else "FAILED")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--calls"]:
+        run_calls()
+    elif sys.argv[1:] == ["--fault"]:
+        run_fault_in_kernel()
+    elif sys.argv[1:]:
+        raise SystemExit(f"usage: python {sys.argv[0]}")
+    else:
+        sys.exit(main())
