@@ -14,10 +14,13 @@ SOURCES = CMakeLists.txt pyproject.toml README.md \
   $(shell find cmake csrc python -type f -not -path '*/__pycache__/*')
 CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.c*')
 
-.PHONY: demo test lint format clean
+.PHONY: bench demo test lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sparse-attn demo
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks
 
 test: $(VENV)/.test lint
 	$(BIN)/pytest
@@ -46,10 +49,11 @@ $(WHEEL)/.built: $(SOURCES) | $(BIN)/python
 	$(BIN)/python cmake/build_wheel.py $(WHEEL)
 	touch $@
 
-# The installed wheel, with what `make demo` (extra all) or `make test` (extra test) needs.
+# The installed wheel, with what `make bench`, `make demo` or `make test` needs: an extra.
+$(VENV)/.bench: EXTRA = bench
 $(VENV)/.demo: EXTRA = all
 $(VENV)/.test: EXTRA = test
-$(VENV)/.demo $(VENV)/.test: $(WHEEL)/.built
+$(VENV)/.bench $(VENV)/.demo $(VENV)/.test: $(WHEEL)/.built
 	$(BIN)/pip uninstall --quiet --yes sparse-attn
 	$(BIN)/pip install --quiet '$(TORCH)' "$$(ls $(WHEEL)/*.whl)[$(EXTRA)]"
 	touch $@
