@@ -36,8 +36,8 @@ class Limits:
     call_ms: float = math.inf
     named: frozenset[str] = frozenset()  # peers that run wherever they can
     begun: float = field(default_factory=time.monotonic)
-    # (peer, row name) -> (n, ms) of the last row
-    last: dict[tuple[str, str], tuple[int, float]] = field(default_factory=dict)
+    # (peer, table, row name) -> (n, ms) of the last row
+    last: dict[tuple[str, str, str], tuple[int, float]] = field(default_factory=dict)
 
     @property
     def left(self) -> float:
@@ -49,7 +49,7 @@ class Limits:
             raise Unavailable(f"the run's {self.seconds / 60:.0f} minutes were up")
         if peer.name in case.without - self.named:
             raise Unavailable("not compiled for this row unless named by --peers")
-        n, ms = self.last.get((peer.name, case.name), (case.seq, 0.0))
+        n, ms = self.last.get((peer.name, case.table, case.name), (case.seq, 0.0))
         self.refuse_time(ms * (case.seq / n) ** 2, "about")
 
     def refuse_time(self, ms: float, how_sure: str) -> None:
@@ -58,8 +58,8 @@ class Limits:
 
     def note_time(self, peer: str, case: Case, ms: float) -> None:
         """The longer of a row's passes foretells those at other lengths."""
-        n, known = self.last.get((peer, case.name), (0, 0.0))
-        self.last[peer, case.name] = case.seq, max(ms, known) if n == case.seq else ms
+        n, known = self.last.get((peer, case.table, case.name), (0, 0.0))
+        self.last[peer, case.table, case.name] = case.seq, max(ms, known) if n == case.seq else ms
 
 
 @dataclass

@@ -232,9 +232,9 @@ def test_a_peer_without_time_or_memory_says_so() -> None:
     uncompiled = replace(case, without=frozenset({"compiling"}))
     assert "--peers" in refusal(run.Limits(), compiling, uncompiled)
     run.Limits(named=frozenset({"compiling"})).refuse(compiling, uncompiled)
-    slow = run.Limits(call_ms=1000, last={("plain", "small"): (24, 251.0)})
+    slow = run.Limits(call_ms=1000, last={("plain", case.table, "small"): (24, 251.0)})
     assert "about 1.0 s a call" in refusal(slow, plain)
-    run.Limits(call_ms=1000, last={("plain", "small"): (24, 249.0)}).refuse(plain, case)
+    run.Limits(call_ms=1000, last={("plain", case.table, "small"): (24, 249.0)}).refuse(plain, case)
     large = small(sa.Local(7), n=1 << 20)
     with pytest.raises(peers.Unavailable, match="mask memory"):
         peers.Masked().prepare(large, CPU)
@@ -256,7 +256,7 @@ def test_a_dense_peer_stands_in_for_a_merged_head() -> None:
     )
     entry = entry_of(row, "dense")
     assert (entry.status, entry.note) == ("ok", "dense, 2 x batch 1")
-    assert entry.ms == pytest.approx(2 * limits.last["dense", "small"][1])
+    assert entry.ms == pytest.approx(2 * limits.last["dense", case.table, "small"][1])
     assert not dense.serves(small(sa.Local(7)))
     for pattern in (sa.Chunk(12), sa.Dilated(8)):
         case = small(pattern)

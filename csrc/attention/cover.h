@@ -18,7 +18,7 @@ inline std::vector<uint8_t> cover(const std::vector<Branch>& branches, int lengt
   for (const Branch& branch : branches) {
     const int64_t tiles = QueryTile::count(branch.queries, tile_queries, 1, 1);
     for (int64_t index = 0; index < tiles; ++index) {
-      const QueryTile queries = QueryTile::of(index, branch.queries, tile_queries, 0, 1);
+      const QueryTile queries = QueryTile::of(index, branch, tile_queries, 0, 1);
       if (queries.rows == 0) continue;
       KeyTiles tiles = KeyTiles::of(branch, queries, 0, 1);
       const auto of_token = [&](int token) {

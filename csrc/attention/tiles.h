@@ -15,14 +15,17 @@ struct QueryTile {
   int first_row;
   int rows;
 
-  // Groups vary fastest: neighbouring CTAs then read neighbouring tokens of a residue.
-  HOST_DEVICE static QueryTile of(int64_t index, const SequenceView& queries, int tile_rows,
+  // Groups vary fastest: neighbouring CTAs then read neighbouring tokens of a residue. Without a
+  // future, the later queries attend more keys and come first, so that no long tile is left last.
+  HOST_DEVICE static QueryTile of(int64_t index, const Branch& branch, int tile_rows,
                                   int first_head, int heads) {
+    const SequenceView& queries = branch.queries;
     const int tiles = (queries.max_rows + tile_rows - 1) / tile_rows;
     QueryTile tile;
     tile.group = static_cast<int>(index % queries.groups);
     index /= queries.groups;
-    tile.first_row = static_cast<int>(index % tiles) * tile_rows;
+    const int number = static_cast<int>(index % tiles);
+    tile.first_row = (branch.run.future ? number : tiles - 1 - number) * tile_rows;
     index /= tiles;
     tile.head = first_head + static_cast<int>(index % heads);
     tile.batch = static_cast<int>(index / heads);

@@ -6,31 +6,35 @@
 #include "attention/shared_tile.cuh"
 #include "attention/tiles.h"
 #include "params.h"
+#include "sm80/reach.h"
 
 namespace sparse_attn::sm80::backward {
 
 // What a kernel sums. dk and dv of one tile fit the registers together up to head dims of 128.
 enum class Sums { dq, dk_dv, dk, dv };
 
-template <class T, int kHeadDim_, int kHeadDimV_, Sums kSums>
+template <class T, int kHeadDim_, int kHeadDimV_, Sums kSums, Reach kReach>
 struct Config {
+  using Element = T;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
   static constexpr bool kOwnsQueries = kSums == Sums::dq;  // else keys
   static constexpr bool kSumsDqOrDk = kSums != Sums::dv;
   static constexpr bool kSumsDv = kSums == Sums::dk_dv || kSums == Sums::dv;
   static constexpr int kSumColumns = (kSumsDqOrDk ? kHeadDim : 0) + (kSumsDv ? kHeadDimV : 0);
-  static constexpr int kWarpRows = 16;  // the rows of one mma
-  static constexpr int kTileOwn = kHeadDim + kHeadDimV <= 256 ? 64 : 32;
+  static constexpr bool kMany = kReach == Reach::many && kHeadDim <= 64 && kHeadDimV <= 64;
+  static constexpr int kWarpRows = kMany ? 32 : 16;  // of 16, the rows of one mma
+  static constexpr int kTileOwn = kMany ? 128 : kHeadDim + kHeadDimV <= 256 ? 64 : 32;
   static constexpr int kTileStreamed = kHeadDim + kHeadDimV <= 256 ? 64 : 16;
   // Streamed rows whose weights and gradients of weights are in registers at a time.
-  static constexpr int kScoreColumns = kSumColumns < 256 ? 32 : 16;
+  static constexpr int kScoreColumns = kSumColumns * kWarpRows < 16 * 256 ? 32 : 16;
   static constexpr int kWarps = kTileOwn / kWarpRows;
   static constexpr int kThreads = 32 * kWarps;
   // On a multiprocessor: as many as have no spills and fit its shared memory.
-  static constexpr int kLeastCtas = kHeadDim + kHeadDimV <= 128 && kSumColumns <= 64    ? 4
-                                    : kHeadDim + kHeadDimV <= 192 && kSumColumns <= 128 ? 3
-                                                                                        : 2;
+  static constexpr int kLeastCtas = kMany || kHeadDim + kHeadDimV > 192                ? 2
+                                    : kHeadDim + kHeadDimV <= 128 && kSumColumns <= 64 ? 4
+                                    : kSumColumns <= 128                               ? 3
+                                                                                       : 2;
   static constexpr int kStages = 2;  // one tile is computed while the next one loads
 
   static constexpr int kStatsRows = kOwnsQueries ? kTileOwn : kTileStreamed;  // queries' rows

@@ -16,11 +16,10 @@
 
 namespace sparse_attn::sm80::backward {
 
-template <class T, int kHeadDim, int kHeadDimV, Sums kSums>
-__global__ void __launch_bounds__(Config<T, kHeadDim, kHeadDimV, kSums>::kThreads,
-                                  Config<T, kHeadDim, kHeadDimV, kSums>::kLeastCtas)
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, Config::kLeastCtas)
     backward_kernel(const __grid_constant__ BackwardParams params) {
-  using Config = Config<T, kHeadDim, kHeadDimV, kSums>;
+  using T = typename Config::Element;
   constexpr int kThreads = Config::kThreads;
   static_assert(Config::kStages == 2);
   constexpr int kLaneRows = Config::Gradient::kLaneRows;
@@ -33,8 +32,8 @@ __global__ void __launch_bounds__(Config<T, kHeadDim, kHeadDimV, kSums>::kThread
   const Branch& branch = params.branch;
   if (threadIdx.x == 0) {
     const int together = params.heads_together;
-    smem.rows = QueryTile::of(blockIdx.x, branch.queries, Config::kTileOwn, 0,
-                              params.head_count / together);
+    smem.rows =
+        QueryTile::of(blockIdx.x, branch, Config::kTileOwn, 0, params.head_count / together);
     smem.rows.head = params.first_head + smem.rows.head * together;
     smem.kv_head = smem.rows.head / (params.heads / params.kv_heads);
   }

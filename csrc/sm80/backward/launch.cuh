@@ -8,12 +8,20 @@
 
 namespace sparse_attn::sm80::backward {
 
-template <class T, int kHeadDim, int kHeadDimV, Sums kSums>
-void launch_sums(const BackwardParams& params) {
-  using Config = Config<T, kHeadDim, kHeadDimV, kSums>;
-  launch_tiles<Config>(backward_kernel<T, kHeadDim, kHeadDimV, kSums>, params,
+template <class Config>
+void launch_config(const BackwardParams& params) {
+  launch_tiles<Config>(backward_kernel<Config>, params,
                        QueryTile::count(params.branch.queries, Config::kTileOwn,
                                         params.head_count / params.heads_together, params.batch));
+}
+
+template <class T, int kHeadDim, int kHeadDimV, Sums kSums>
+void launch_sums(const BackwardParams& params) {
+  using Many = Config<T, kHeadDim, kHeadDimV, kSums, Reach::many>;
+  if constexpr (Many::kMany) {
+    if (reach_of(params.branch) == Reach::many) return launch_config<Many>(params);
+  }
+  launch_config<Config<T, kHeadDim, kHeadDimV, kSums, Reach::few>>(params);
 }
 
 template <class T, int kHeadDim, int kHeadDimV>

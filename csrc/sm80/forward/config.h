@@ -5,13 +5,9 @@
 #include "attention/register_tile.cuh"
 #include "attention/shared_tile.cuh"
 #include "attention/tiles.h"
+#include "sm80/reach.h"
 
 namespace sparse_attn::sm80::forward {
-
-// How many keys most queries attend: the few that fit a tile or two, or many. Few are bound by
-// latency and bytes and want small CTAs; many by arithmetic and want each fragment of a key tile,
-// once loaded, used by more queries.
-enum class Reach { few, many };
 
 template <class T, int kHeadDim_, int kHeadDimV_, Reach kReach>
 struct Config {

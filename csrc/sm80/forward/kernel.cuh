@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kLeastCtas)
   // Which queries, and where they and their keys lie.
   const Branch& branch = params.branch;
   if (threadIdx.x == 0) {
-    const QueryTile tile = QueryTile::of(blockIdx.x, branch.queries, Config::kTileQueries,
+    const QueryTile tile = QueryTile::of(blockIdx.x, branch, Config::kTileQueries,
                                          params.first_head, params.head_count);
     const int kv_head = tile.head / (params.heads / params.kv_heads);
     smem.queries = tile;

@@ -8,17 +8,6 @@
 
 namespace sparse_attn::sm80::forward {
 
-// Key rows that the middle query of a branch attends, without regard to blocks.
-inline int64_t typical_keys(const Branch& branch) {
-  const int token = branch.queries.position(0, branch.queries.max_rows / 2);
-  int64_t keys = 0;
-  for (int segment = 0; segment < branch.segment_count; ++segment) {
-    const Interval attended = branch.segments[segment].bounds(branch.run, 0, token);
-    keys += attended.end - attended.first;
-  }
-  return keys;
-}
-
 template <class T, int kHeadDim, int kHeadDimV, Reach kReach>
 void launch_reach(const ForwardParams& params) {
   using Config = Config<T, kHeadDim, kHeadDimV, kReach>;
@@ -30,8 +19,7 @@ void launch_reach(const ForwardParams& params) {
 template <class T, int kHeadDim, int kHeadDimV>
 void launch(const ForwardParams& params) {
   if constexpr (Config<T, kHeadDim, kHeadDimV, Reach::many>::kMany) {
-    // On an H100 many pays from four tiles on.
-    if (typical_keys(params.branch) >= 512) {
+    if (reach_of(params.branch) == Reach::many) {
       return launch_reach<T, kHeadDim, kHeadDimV, Reach::many>(params);
     }
   }
