@@ -353,7 +353,8 @@ def draw_case(draw: random.Random) -> tuple[Inputs, Any, list[torch.Tensor], flo
     most, most_v = draw.choice(NATIVE_HEAD_DIMS)
     head_dim, head_dim_v = 8 * draw.randint(1, most // 8), 8 * draw.randint(1, most_v // 8)
     layout, dtype = draw.choice(FACTORS["layout"]), draw.choice(NATIVE_DTYPES)
-    scale = draw.choice([None, None, 0.0, draw.uniform(-0.5, 0.5)])
+    # Not 0: every lse is the logarithm of a count then, and fp32 rounds a few values well by luck.
+    scale = draw.choice([None, None, 1e-3, draw.uniform(-0.5, 0.5)])
     # Many rows, so that the largest rounding error is no matter of luck.
     batch = max(draw.randint(1, 3), 512 // (n * heads))
 
