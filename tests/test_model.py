@@ -18,6 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from compare import assert_close
 from sparse_attn import Chunk, Dense, Dilated, Fixed, Local, PerHead, Strided, Summary
 from sparse_attn.model import SparseTransformer, SparseTransformerConfig, presets
+from sparse_attn.model.composition import layer_pattern
 
 # Tests on a GPU use dtypes that the kernels do not take, too.
 pytestmark = pytest.mark.filterwarnings("ignore:sparse_attn runs on the torch backend")
@@ -567,14 +568,43 @@ def test_from_dict_refuses() -> None:
 # Presets
 
 
-def test_enwik8_preset_has_the_size_of_the_paper() -> None:
-    values = presets.enwik8()
+@pytest.mark.parametrize(
+    ("values", "millions"),
+    [
+        (presets.enwik8(), 95),
+        (presets.cifar10(), 59),
+        (presets.imagenet64(), 152),
+        (presets.music(), 152),
+        (presets.music(262_144), 25),
+        (presets.music(1_048_576), 3),
+    ],
+    ids=["enwik8", "cifar10", "imagenet64", "music-65536", "music-262144", "music-1048576"],
+)
+def test_presets_have_the_size_of_the_paper(
+    values: SparseTransformerConfig, millions: float
+) -> None:
     with torch.device("meta"):
         model = SparseTransformer(values)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    assert abs(parameters / 95e6 - 1) < 0.01
-    assert (values.layers, values.heads, values.width, values.context) == (30, 8, 512, 12288)
-    assert model.blocks[0].attention.pattern == Fixed(128, 32)  # type: ignore[union-attr]
+    assert abs(parameters / (millions * 1e6) - 1) < 0.01
+
+
+def test_presets_have_the_settings_of_the_paper() -> None:
+    enwik8, cifar10 = presets.enwik8(), presets.cifar10()
+    assert (enwik8.layers, enwik8.heads, enwik8.width, enwik8.context) == (30, 8, 512, 12288)
+    assert layer_pattern(enwik8, 0) == Fixed(128, 32)
+    assert (cifar10.layers, cifar10.heads, cifar10.width, cifar10.context) == (128, 2, 256, 3072)
+    assert (cifar10.qk_width, cifar10.feed_forward_width, cifar10.dropout) == (128, 512, 0.25)
+    assert [layer_pattern(cifar10, i) for i in (0, 1)] == [Local(96), Dilated(96)]
+    imagenet64 = presets.imagenet64()
+    assert (imagenet64.layers, imagenet64.heads, imagenet64.context) == (48, 16, 12288)
+    assert imagenet64.position_axes == (64, 64, 3)
+    assert [presets.music(n).stride for n in (65_536, 262_144, 1_048_576)] == [256, 512, 1024]
+
+
+def test_music_has_three_contexts() -> None:
+    with pytest.raises(ValueError, match=r"65536, 262144, 1048576.*got 12288"):
+        presets.music(12288)
 
 
 def test_demo_preset_runs() -> None:
