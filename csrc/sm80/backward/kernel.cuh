@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The portable backward kernels: one branch of a plan, one CTA per tile of 64 rows whose gradient
-// it owns.
+// The portable backward kernels: one branch of a plan, one CTA per tile of rows, mostly 64, whose
+// gradient it owns.
 //
 // Two owners, one kernel: a CTA that owns queries streams the keys they attend and sums dq; one
 // that owns keys streams the queries that attend them, over all heads of their group, and sums dk

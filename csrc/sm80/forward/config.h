@@ -22,7 +22,8 @@ struct Config {
   static constexpr int kScoreColumns = kTileKeys < 64 ? kTileKeys : 64;
   static constexpr int kWarps = kTileQueries / kWarpQueries;
   static constexpr int kThreads = 32 * kWarps;
-  // On a multiprocessor: bounds the registers of a lane to 128 or 255, the least without spills.
+  // On a multiprocessor: bounds the registers of a lane to 128 or 255, the least without spills on
+  // 8.0, 8.6 and 9.0.
   static constexpr int kLeastCtas = kHeadDimV <= 64 && !kMany ? 4 : 2;
   static constexpr int kStages = 2;  // one key tile is computed while the next one loads
 

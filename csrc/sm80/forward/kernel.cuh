@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The portable forward kernel: one branch of a plan, one CTA per tile of 64 queries.
+// The portable forward kernel: one branch of a plan, one CTA per tile of 64 or 128 queries.
 //
-// A warp owns 16 queries and holds their running softmax and output in registers. Key and value
-// tiles stream through two stages of shared memory by cp.async. README.md in this folder has the
-// schedule and the counts.
+// A warp owns 16 or 32 queries and holds their running softmax and output in registers. Key and
+// value tiles stream through two stages of shared memory by cp.async. README.md in this folder has
+// the schedule and the counts.
 #pragma once
 
 #include "attention/finish_rows.cuh"
