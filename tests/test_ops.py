@@ -702,6 +702,29 @@ def test_module_copies_and_pickles() -> None:
     assert_same_bits("out", other(x), module(x))
 
 
+def test_module_takes_its_layout_along(device: str) -> None:
+    layout = torch.rand(4, 3, 3) < 0.5
+    module = sa.SelfAttention(64, 4, sa.BlockSparse(layout, 16))
+    x = torch.randn(2, 40, 64)
+    expected = module(x)
+    assert "layout" not in module.state_dict()
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert_same_bits("out", other(x), expected)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    assert_same_bits("compiled", compiled(x), expected)
+    moved = copy.deepcopy(module).to(device, torch.float64)
+    assert isinstance(moved.pattern, sa.BlockSparse)
+    assert moved.pattern.layout.device.type == device
+    assert moved.pattern.layout.dtype == torch.bool
+    built = sa.SelfAttention(64, 4, sa.BlockSparse(layout.to(device), 16)).to(device, torch.float64)
+    built.load_state_dict(module.state_dict())
+    x = x.to(device, torch.float64)
+    assert_same_bits("moved", moved(x), built(x))
+    assert module.pattern.layout is layout  # type: ignore[attr-defined]
+    on_meta = module.to("meta")
+    assert on_meta.pattern.layout.device.type == "meta"  # type: ignore[attr-defined]
+
+
 # Documentation.
 
 

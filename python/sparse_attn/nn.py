@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
 from ._ops import MAX_HEAD_DIM, check_pattern
 from .functional import attention
-from .patterns import Pattern, check_size
+from .patterns import BlockSparse, Pattern, check_size
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class SelfAttention(nn.Module):
@@ -17,7 +23,8 @@ class SelfAttention(nn.Module):
     Args:
         width: features of the input and the output.
         heads: query heads; divides ``width`` and ``qk_width``.
-        pattern: any pattern; a `PerHead` has ``heads`` of them.
+        pattern: any pattern; a `PerHead` has ``heads`` of them. The layout of a `BlockSparse` moves
+            with the module to another device and is not in its state dict.
         qk_width: features of queries, and of keys if there are as many key heads; ``width`` if
             None. The paper's image models use ``width // 2``.
         kv_heads: key and value heads; divides ``heads``, equals it if None.
@@ -29,6 +36,9 @@ class SelfAttention(nn.Module):
     >>> SelfAttention(64, 4, Strided(16))(torch.randn(2, 100, 64)).shape
     torch.Size([2, 100, 64])
     """
+
+    layout: torch.Tensor | None
+    pattern: Pattern
 
     def __init__(
         self,
@@ -59,10 +69,20 @@ class SelfAttention(nn.Module):
             )
         check_pattern(pattern, heads)
         self.heads, self.kv_heads, self.pattern = heads, kv_heads, pattern
+        layout = pattern.layout if isinstance(pattern, BlockSparse) else None
+        self.register_buffer("layout", layout, persistent=False)
         head_dim, head_dim_v = qk_width // heads, width // heads
         self.widths = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim_v]
         self.qkv = nn.Linear(width, sum(self.widths), bias=bias)
         self.out = nn.Linear(width, width, bias=bias)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """What `to`, `cuda` and `half` do: the pattern's layout stays with the module."""
+        super()._apply(fn, recurse)
+        if isinstance(self.pattern, BlockSparse) and self.layout is not None:
+            pattern = self.pattern
+            self.pattern = BlockSparse(self.layout, pattern.block, causal=pattern.causal)
+        return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dim() != 3 or x.shape[2] != self.qkv.in_features:
