@@ -49,6 +49,9 @@ CALLS: tuple[tuple[sa.Pattern, int, int, int], ...] = (
     (sa.Dense(), 129, 2, 2),
     (sa.PerHead([sa.Local(9), sa.Chunk(7)]), 71, 2, 1),
     (sa.Strided(16), 1, 1, 1),
+    (sa.Dense(causal=False), 600, 1, 1),  # many keys a query: the large tiles
+    (sa.BlockSparse(torch.rand(2, 13, 13) < 0.4, 16), 200, 2, 1),
+    (sa.BlockSparse(torch.rand(1, 3, 3) < 0.6, 64, causal=False), 150, 2, 2),
 )
 
 
@@ -69,6 +72,9 @@ def run_calls() -> None:
                 q = tensor(1, n, heads, head_dim, dtype=dtype).transpose(1, 2)
                 k = tensor(1, kv_heads, n, head_dim, dtype=dtype)
                 v = tensor(1, kv_heads, n, head_dim_v, dtype=dtype)
+                if isinstance(pattern, sa.BlockSparse):
+                    layout = pattern.layout.cuda()
+                    pattern = sa.BlockSparse(layout, pattern.block, causal=pattern.causal)
                 q, k, v = (x.requires_grad_() for x in (q, k, v))
                 results = sa.attention(q, k, v, pattern, return_lse=True, backend="cuda")
                 dout = tensor(1, heads, n, head_dim_v, dtype=dtype)
