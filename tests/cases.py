@@ -256,22 +256,25 @@ class BlockCase(Case):
         return sa.BlockSparse(layout, self.block, causal=self.causal)
 
 
+USUAL: dict[str, Any] = {
+    "n": 129,
+    "columns": None,
+    "offset": None,
+    "causal": True,
+    "heads": (4, 2),
+    "head_dims": (64, 64),
+    "layout": "head-major",
+    "dtype": torch.float32,
+}
+
+
+def a_case(**changes: Any) -> Case:
+    return Case(**{**USUAL, "kind": "strided", "size": "16", **changes})
+
+
 def a_block_case(**changes: Any) -> BlockCase:
-    values: dict[str, Any] = {
-        "kind": "blocks",
-        "n": 129,
-        "size": None,
-        "columns": None,
-        "offset": None,
-        "causal": True,
-        "heads": (4, 2),
-        "head_dims": (64, 64),
-        "layout": "head-major",
-        "dtype": torch.float32,
-        "block": 32,
-        "blocks": "heads",
-    }
-    return BlockCase(**{**values, **changes})
+    own = {"kind": "blocks", "size": None, "block": 32, "blocks": "heads"}
+    return BlockCase(**{**USUAL, **own, **changes})
 
 
 def to_pattern(members: Members, causal: bool) -> Any:

@@ -20,6 +20,7 @@ from cases import (
     Case,
     Inputs,
     a_block_case,
+    a_case,
     all_pairs_cases,
     block_cases,
     make_inputs,
@@ -110,22 +111,6 @@ def native_head_dims(head_dim: int, head_dim_v: int) -> bool:
 
 def runs_natively(case: Case) -> bool:
     return native_head_dims(*case.head_dims) and case.dtype in NATIVE_DTYPES
-
-
-def a_case(**changes: Any) -> Case:
-    values: dict[str, Any] = {
-        "kind": "strided",
-        "n": 129,
-        "size": "16",
-        "columns": None,
-        "offset": None,
-        "causal": True,
-        "heads": (4, 2),
-        "head_dims": (64, 64),
-        "layout": "head-major",
-        "dtype": torch.float32,
-    }
-    return Case(**{**values, **changes})
 
 
 def fixed_case(**changes: Any) -> Case:

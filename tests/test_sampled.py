@@ -8,9 +8,9 @@ import torch
 
 import oracle
 import sampled
-from cases import Case, make_inputs
+from cases import Case, a_case, make_inputs
 from compare import assert_close
-from test_attention import a_case, assert_all_close, fixed_case, run
+from test_attention import assert_all_close, fixed_case, run
 
 CASES = [
     a_case(dtype=torch.float64),

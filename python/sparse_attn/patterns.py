@@ -113,6 +113,12 @@ def check_size(name: str, size: int, least: int = 1) -> None:
         raise ValueError(f"{name} must be at least {least}, got {size}")
 
 
+def _check_causal(causal: bool) -> None:
+    """TypeError unless ``causal`` is a bool."""
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be a bool, got {causal!r}")
+
+
 def _positions(n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Query positions (n, 1) and key positions (1, n)."""
     token = torch.arange(_check_length(n))
@@ -129,11 +135,7 @@ class _Member(Pattern):
     def __post_init__(self) -> None:
         for name in self.sizes:
             check_size(name, getattr(self, name))
-        self._check_causal()
-
-    def _check_causal(self) -> None:
-        if not isinstance(self.causal, bool):
-            raise TypeError(f"causal must be a bool, got {self.causal!r}")
+        _check_causal(self.causal)
         self._set_spec()
 
     def __repr__(self) -> str:
@@ -281,7 +283,8 @@ class Summary(_Far):
                 "offset + columns must be at most length, got "
                 f"offset {self.offset}, columns {self.columns}, length {self.length}"
             )
-        self._check_causal()
+        _check_causal(self.causal)
+        self._set_spec()
 
     def _sizes_within(self, n: int) -> tuple[int, int, int]:
         """Length, columns and offset with the same keys below ``n``, all at most n + 1."""
@@ -434,8 +437,7 @@ class BlockSparse(Pattern):
         check_size("block", self.block)
         if self.block not in self.blocks:
             raise ValueError(f"block must be one of {self.blocks}, got {self.block}")
-        if not isinstance(self.causal, bool):
-            raise TypeError(f"causal must be a bool, got {self.causal!r}")
+        _check_causal(self.causal)
         spec = f"BlockSparse(block={self.block}, causal={self.causal})"
         object.__setattr__(self, "spec", spec)
 
