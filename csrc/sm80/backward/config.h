@@ -27,7 +27,9 @@ struct Config {
   static constexpr int kTileOwn = kMany ? 128 : kHeadDim + kHeadDimV <= 256 ? 64 : 32;
   static constexpr int kTileStreamed = kHeadDim + kHeadDimV <= 256 ? 64 : 16;
   // Streamed rows whose weights and gradients of weights are in registers at a time.
-  static constexpr int kScoreColumns = kSumColumns * kWarpRows < 16 * 256 ? 32 : 16;
+  static constexpr int kScoreColumns = kMany && kSumColumns <= 64           ? 64
+                                       : kSumColumns * kWarpRows < 16 * 256 ? 32
+                                                                            : 16;
   static constexpr int kWarps = kTileOwn / kWarpRows;
   static constexpr int kThreads = 32 * kWarps;
   // On a multiprocessor: as many as have no spills and fit its shared memory.
