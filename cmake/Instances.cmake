@@ -4,7 +4,8 @@
 
 set(SPARSE_ATTN_ELEMENTS __half __nv_bfloat16)
 # head_dim, head_dim_v
-set(SPARSE_ATTN_HEAD_DIMS 32,32 64,64 64,128 96,96 128,128 256,256)
+set(SPARSE_ATTN_sm80_HEAD_DIMS 32,32 64,64 64,128 96,96 128,128 256,256)
+set(SPARSE_ATTN_sm90_HEAD_DIMS 64,64 64,128 128,128)
 
 set(SPARSE_ATTN_INSTANCES_DIR "${CMAKE_CURRENT_BINARY_DIR}/instances")
 
@@ -16,7 +17,7 @@ function(write_instances arch direction sources)
   string(TOUPPER ${initial} initial)
   set(params "${initial}${rest}Params")
   foreach(element IN LISTS SPARSE_ATTN_ELEMENTS)
-    foreach(pair IN LISTS SPARSE_ATTN_HEAD_DIMS)
+    foreach(pair IN LISTS SPARSE_ATTN_${arch}_HEAD_DIMS)
       string(REPLACE "," ";" pair ${pair})
       list(GET pair 0 head_dim)
       list(GET pair 1 head_dim_v)

@@ -76,10 +76,13 @@ Pointer pointer(int64_t address) {
 
 Element element(bool bfloat16) { return bfloat16 ? Element::bfloat16 : Element::float16; }
 
+Kernels kernels(bool sm90) { return sm90 ? Kernels::sm90 : Kernels::sm80; }
+
 void launch_forward(const TensorArgument& q, const TensorArgument& k, const TensorArgument& v,
                     const TensorArgument& out, int64_t lse, int batch, int heads, int first_head,
                     int head_count, int kv_heads, int seq, int head_dim, int head_dim_v,
-                    float scale, bool bfloat16, const Branch& branch, bool merge, int device,
+                    float scale, bool bfloat16, bool sm90, const Branch& branch, bool merge,
+                    int device,
                     int64_t stream) {
   ForwardParams params{};
   params.q = tensor_view(q);
@@ -97,6 +100,7 @@ void launch_forward(const TensorArgument& q, const TensorArgument& k, const Tens
   params.head_dim_v = head_dim_v;
   params.scale = scale;
   params.element = element(bfloat16);
+  params.kernels = kernels(sm90);
   params.branch = branch;
   params.merge = merge;
   params.device = device;
@@ -127,7 +131,7 @@ void launch_backward(const TensorArgument& q, const TensorArgument& k, const Ten
                      const TensorArgument& dout, const TensorArgument& dq, const TensorArgument& dk,
                      const TensorArgument& dv, int64_t stats, int batch, int heads, int first_head,
                      int head_count, int heads_together, int kv_heads, int seq, int head_dim,
-                     int head_dim_v, float scale, bool bfloat16, bool keys_own,
+                     int head_dim_v, float scale, bool bfloat16, bool sm90, bool keys_own,
                      const Branch& branch, bool accumulate, int device, int64_t stream) {
   BackwardParams params{};
   params.q = tensor_view(q);
@@ -149,6 +153,7 @@ void launch_backward(const TensorArgument& q, const TensorArgument& k, const Ten
   params.head_dim_v = head_dim_v;
   params.scale = scale;
   params.element = element(bfloat16);
+  params.kernels = kernels(sm90);
   params.owner = keys_own ? Owner::keys : Owner::queries;
   params.branch = branch;
   params.accumulate = accumulate;
@@ -197,11 +202,12 @@ PYBIND11_MODULE(_C, module) {
   module.attr("max_chunks") = kMaxChunks;
 #if SPARSE_ATTN_CUDA
   module.def("head_dims", &head_dims);
+  module.def("sm90_fits", &sm90_fits, py::arg("head_dim"), py::arg("head_dim_v"));
   module.def("driver_version", &driver_version);
   module.def("forward", &launch_forward, py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"),
              py::arg("out"), py::arg("lse"), py::arg("batch"), py::arg("heads"),
              py::arg("first_head"), py::arg("head_count"), py::arg("kv_heads"), py::arg("seq"),
-             py::arg("head_dim"), py::arg("head_dim_v"), py::arg("scale"), py::arg("bfloat16"),
+             py::arg("head_dim"), py::arg("head_dim_v"), py::arg("scale"), py::arg("bfloat16"), py::arg("sm90"),
              py::arg("branch"), py::arg("merge"), py::arg("device"), py::arg("stream"));
   module.def("block_rows", &launch_block_rows, py::kw_only(), py::arg("layout"), py::arg("rows"),
              py::arg("heads"), py::arg("blocks"), py::arg("words"), py::arg("past"),
@@ -214,7 +220,7 @@ PYBIND11_MODULE(_C, module) {
              py::arg("dout"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("stats"),
              py::arg("batch"), py::arg("heads"), py::arg("first_head"), py::arg("head_count"),
              py::arg("heads_together"), py::arg("kv_heads"), py::arg("seq"), py::arg("head_dim"),
-             py::arg("head_dim_v"), py::arg("scale"), py::arg("bfloat16"), py::arg("keys_own"),
+             py::arg("head_dim_v"), py::arg("scale"), py::arg("bfloat16"), py::arg("sm90"), py::arg("keys_own"),
              py::arg("branch"), py::arg("accumulate"), py::arg("device"), py::arg("stream"));
 #endif
 }

@@ -10,6 +10,8 @@
 #include "sm80/backward/launch.h"
 #include "sm80/block_rows.h"
 #include "sm80/forward/launch.h"
+#include "sm90/backward/launch.h"
+#include "sm90/forward/launch.h"
 
 namespace sparse_attn {
 namespace {
@@ -20,43 +22,72 @@ struct Kernel {
   int head_dim;
   int head_dim_v;
   void (*launch)(const Params&);
+
+  int size() const { return head_dim + head_dim_v; }
 };
 
 template <class T>
 constexpr Element kElement = std::is_same_v<T, __half> ? Element::float16 : Element::bfloat16;
 
-const Kernel<ForwardParams> kForwardKernels[] = {
+template <class Params>
+using Table = std::vector<Kernel<Params>>;
+
+const Table<ForwardParams> kForwardSm80 = {
 #define INSTANCE(T, kHeadDim, kHeadDimV) \
   {kElement<T>, kHeadDim, kHeadDimV, sm80::forward::launch<T, kHeadDim, kHeadDimV>},
 #include "sm80/forward/instances.inc"
 #undef INSTANCE
 };
 
-const Kernel<BackwardParams> kBackwardKernels[] = {
+const Table<BackwardParams> kBackwardSm80 = {
 #define INSTANCE(T, kHeadDim, kHeadDimV) \
   {kElement<T>, kHeadDim, kHeadDimV, sm80::backward::launch<T, kHeadDim, kHeadDimV>},
 #include "sm80/backward/instances.inc"
 #undef INSTANCE
 };
 
-// The smallest kernel that holds both head dims.
-template <class Params, size_t kCount>
-const Kernel<Params>& choose(const Kernel<Params> (&kernels)[kCount], const Params& params) {
+const Table<ForwardParams> kForwardSm90 = {
+#if SPARSE_ATTN_SM90
+#define INSTANCE(T, kHeadDim, kHeadDimV) \
+  {kElement<T>, kHeadDim, kHeadDimV, sm90::forward::launch<T, kHeadDim, kHeadDimV>},
+#include "sm90/forward/instances.inc"
+#undef INSTANCE
+#endif
+};
+
+const Table<BackwardParams> kBackwardSm90 = {
+#if SPARSE_ATTN_SM90
+#define INSTANCE(T, kHeadDim, kHeadDimV) \
+  {kElement<T>, kHeadDim, kHeadDimV, sm90::backward::launch<T, kHeadDim, kHeadDimV>},
+#include "sm90/backward/instances.inc"
+#undef INSTANCE
+#endif
+};
+
+// The smallest kernel that holds both head dims; null if there is none.
+template <class Params>
+const Kernel<Params>* find(const Table<Params>& table, Element element, int head_dim,
+                           int head_dim_v) {
   const Kernel<Params>* smallest = nullptr;
-  for (const Kernel<Params>& kernel : kernels) {
-    const bool holds = kernel.element == params.element && kernel.head_dim >= params.head_dim &&
-                       kernel.head_dim_v >= params.head_dim_v;
-    if (holds && (smallest == nullptr || kernel.head_dim + kernel.head_dim_v <
-                                             smallest->head_dim + smallest->head_dim_v)) {
-      smallest = &kernel;
-    }
+  for (const Kernel<Params>& kernel : table) {
+    const bool holds = kernel.element == element && kernel.head_dim >= head_dim &&
+                       kernel.head_dim_v >= head_dim_v;
+    if (holds && (smallest == nullptr || kernel.size() < smallest->size())) smallest = &kernel;
   }
-  REQUIRE(smallest != nullptr, "no kernel holds head_dim " + std::to_string(params.head_dim) +
-                                   ", head_dim_v " + std::to_string(params.head_dim_v));
+  return smallest;
+}
+
+template <class Params>
+const Kernel<Params>& choose(const Table<Params>& sm80, const Table<Params>& sm90,
+                             const Params& params) {
+  const Kernel<Params>* kernel = find(params.kernels == Kernels::sm90 ? sm90 : sm80,
+                                      params.element, params.head_dim, params.head_dim_v);
+  REQUIRE(kernel != nullptr, "no kernel holds head_dim " + std::to_string(params.head_dim) +
+                                 ", head_dim_v " + std::to_string(params.head_dim_v));
   REQUIRE(
       params.seq_q == params.seq_k && params.first_position == 0 && params.cu_seqlens == nullptr,
       "queries and keys must be the same whole sequences");
-  return *smallest;
+  return *kernel;
 }
 
 // Makes a device current for the life of the guard.
@@ -86,7 +117,7 @@ void block_rows(const BlockRowsParams& params) {
 }
 
 void forward(const ForwardParams& params) {
-  const Kernel<ForwardParams>& kernel = choose(kForwardKernels, params);
+  const Kernel<ForwardParams>& kernel = choose(kForwardSm80, kForwardSm90, params);
   const DeviceGuard guard(params.device);
   kernel.launch(params);
 }
@@ -97,17 +128,23 @@ void row_stats(const RowStatsParams& params) {
 }
 
 void backward(const BackwardParams& params) {
-  const Kernel<BackwardParams>& kernel = choose(kBackwardKernels, params);
+  const Kernel<BackwardParams>& kernel = choose(kBackwardSm80, kBackwardSm90, params);
   const DeviceGuard guard(params.device);
   kernel.launch(params);
 }
 
 std::vector<std::pair<int, int>> head_dims() {
   std::vector<std::pair<int, int>> pairs;
-  for (const Kernel<ForwardParams>& kernel : kForwardKernels) {
+  for (const Kernel<ForwardParams>& kernel : kForwardSm80) {
     if (kernel.element == Element::float16) pairs.emplace_back(kernel.head_dim, kernel.head_dim_v);
   }
   return pairs;
+}
+
+bool sm90_fits(int head_dim, int head_dim_v) {
+  const auto* sm80 = find(kForwardSm80, Element::float16, head_dim, head_dim_v);
+  const auto* sm90 = find(kForwardSm90, Element::float16, head_dim, head_dim_v);
+  return sm80 != nullptr && sm90 != nullptr && sm90->size() <= sm80->size();
 }
 
 int driver_version() {

@@ -21,6 +21,10 @@ void backward(const BackwardParams& params);
 // that holds both.
 std::vector<std::pair<int, int>> head_dims();
 
+// Whether the kernels of compute capability 9.0 are built and as small a pair of theirs holds these
+// head dims.
+bool sm90_fits(int head_dim, int head_dim_v);
+
 // CUDA version that the driver supports (13000 for 13.0); 0 without a driver.
 int driver_version();
 

@@ -10,6 +10,9 @@ namespace sparse_attn {
 
 enum class Element : int { float16, bfloat16 };
 
+// Which kernels run a call: those of any GPU from compute capability 8.0 on, or those of 9.0.
+enum class Kernels : int { sm80, sm90 };
+
 // (batch, heads, seq, dim) in any memory order; the last dimension is contiguous, every row starts
 // on 16 bytes.
 struct TensorView {
@@ -40,6 +43,7 @@ struct ForwardParams {
 
   float scale;
   Element element;
+  Kernels kernels;
   Branch branch;
   // Merge with what out and lse already hold: the branches of the plan before this one.
   bool merge;
@@ -102,6 +106,7 @@ struct BackwardParams {
 
   float scale;
   Element element;
+  Kernels kernels;
   Owner owner;
   Branch branch;  // transposed if keys own: its queries are the keys
   // Add to what the gradients already hold: the branches before this one.

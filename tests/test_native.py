@@ -75,6 +75,10 @@ def test_every_kernel_is_built_for_every_architecture() -> None:
     virtual = {f"sm_{name[:-8]}" for name in architectures.split(";") if name.endswith("-virtual")}
     machine_code = count("--list-elf", r"\.(sm_\w+)\.cubin")
     ptx = count("--list-ptx", r"\.(sm_\w+)\.ptx")
+    # Hopper's own kernels, of fewer head dims.
+    hopper = machine_code.pop("sm_90a", 0)
+    assert ("sm_90a" in real) == (hopper > 0)
+    real.discard("sm_90a")
     assert real and set(machine_code) == real
     assert virtual and set(ptx) == virtual
     (files,) = {*machine_code.values(), *ptx.values()}  # one count: no file lacks a target

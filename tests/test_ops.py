@@ -311,7 +311,7 @@ def test_autocast(pattern: Any, dtype: torch.dtype, device: str) -> None:
     q, k, v = inputs(device=device, requires_grad=True)
     with torch.autocast(device, dtype=dtype):
         out, lse = sa.attention(q, k, v, pattern, return_lse=True)
-        assert sa.which_backend(q, k, v, pattern) == ("cuda" if device == "cuda" else "torch")
+        assert sa.which_backend(q, k, v, pattern).startswith("cuda") == (device == "cuda")
     assert out.dtype == dtype and lse.dtype == torch.float32
     low = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
     wanted = sa.attention(low[0], low[1], low[2], pattern, return_lse=True)

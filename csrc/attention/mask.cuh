@@ -22,14 +22,12 @@ __device__ __forceinline__ void find_attended(Interval (&attended_smem)[kMaxSegm
 }
 
 // `value` where a pair of this warp's rows and a tile of others is not in the pattern. Most tiles
-// are cut at one end only.
-template <class Pairs, int kRows>
-__device__ __forceinline__ void fill_others(Pairs& pairs,
-                                            const Interval (&attended_smem)[kMaxSegments][kRows],
+// are cut at one end only. `attended_smem`: the intervals of this warp's rows in the tile's
+// segment.
+template <class Pairs>
+__device__ __forceinline__ void fill_others(Pairs& pairs, const Interval* attended_smem,
                                             const KeyTile& tile, float value) {
-  const auto attended = [&](int row) -> const Interval& {
-    return attended_smem[tile.segment][warp_row<kRows, Pairs::kRows>() + Pairs::row(row)];
-  };
+  const auto attended = [&](int row) -> const Interval& { return attended_smem[Pairs::row(row)]; };
   int bound[Pairs::kLaneRows];
   if (tile.cut_before) {
 #pragma unroll

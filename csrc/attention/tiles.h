@@ -104,12 +104,6 @@ struct KeyTiles {
     return tile;
   }
 
- private:
-  HOST_DEVICE AttendedBlocks attended_blocks(const Branch& branch, int head) const {
-    const int size = branch.blocks.size;
-    return AttendedBlocks::of(branch.blocks, head, first_token / size, last_token / size + 1);
-  }
-
   // The first row from the tile's first on that lies in an attended block.
   HOST_DEVICE int next_attended(const Branch& branch, const KeyTile& tile) const {
     const int size = branch.blocks.size, block = tile.first_row / size;
@@ -126,6 +120,12 @@ struct KeyTiles {
       ++block;
     }
     return block * size;
+  }
+
+ private:
+  HOST_DEVICE AttendedBlocks attended_blocks(const Branch& branch, int head) const {
+    const int size = branch.blocks.size;
+    return AttendedBlocks::of(branch.blocks, head, first_token / size, last_token / size + 1);
   }
 };
 

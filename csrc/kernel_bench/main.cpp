@@ -29,8 +29,9 @@ namespace {
 
 // What forward and backward params share.
 template <class Params>
-Params params_of(const Tensors& tensors, int device) {
+Params params_of(const Tensors& tensors, Kernels kernels, int device) {
   Params params{};
+  params.kernels = kernels;
   params.q = tensors.view(tensors.q, tensors.heads, tensors.head_dim);
   params.k = tensors.view(tensors.k, tensors.kv_heads, tensors.head_dim);
   params.v = tensors.view(tensors.v, tensors.kv_heads, tensors.head_dim_v);
@@ -47,8 +48,8 @@ Params params_of(const Tensors& tensors, int device) {
   return params;
 }
 
-void run_forward(const PlanFile& plan, const Tensors& tensors, int device) {
-  auto params = params_of<ForwardParams>(tensors, device);
+void run_forward(const PlanFile& plan, const Tensors& tensors, Kernels kernels, int device) {
+  auto params = params_of<ForwardParams>(tensors, kernels, device);
   params.out = tensors.view(tensors.out, tensors.heads, tensors.head_dim_v);
   params.lse = tensors.lse.data();
   for (const Branch& branch : plan.branches) {
@@ -73,13 +74,13 @@ void run_row_stats(const Tensors& tensors, int device) {
   row_stats(params);
 }
 
-void run_backward(const PlanFile& plan, const Tensors& tensors, int device) {
+void run_backward(const PlanFile& plan, const Tensors& tensors, Kernels kernels, int device) {
   run_row_stats(tensors, device);
   if (plan.zero_key_gradients) {
     CHECK_CUDA(cudaMemsetAsync(tensors.dk.data(), 0, tensors.dk.bytes()));
     CHECK_CUDA(cudaMemsetAsync(tensors.dv.data(), 0, tensors.dv.bytes()));
   }
-  auto params = params_of<BackwardParams>(tensors, device);
+  auto params = params_of<BackwardParams>(tensors, kernels, device);
   params.dout = tensors.view(tensors.dout, tensors.heads, tensors.head_dim_v);
   params.dq = tensors.view(tensors.dq, tensors.heads, tensors.head_dim);
   params.dk = tensors.view(tensors.dk, tensors.kv_heads, tensors.head_dim);
@@ -113,8 +114,12 @@ Report run(const Options& options) {
   report.device = properties.name;
 
   const Tensors tensors(options, plan.length);
-  const auto call_forward = [&] { run_forward(plan, tensors, device); };
-  const auto call_backward = [&] { run_backward(plan, tensors, device); };
+  const bool hopper = properties.major == 9 && properties.minor == 0;
+  const bool sm90 = hopper && sm90_fits(options.head_dim, options.head_dim_v);
+  const Kernels kernels = options.kernels.value_or(sm90 ? Kernels::sm90 : Kernels::sm80);
+  report.options.kernels = kernels;
+  const auto call_forward = [&] { run_forward(plan, tensors, kernels, device); };
+  const auto call_backward = [&] { run_backward(plan, tensors, kernels, device); };
   std::optional<CacheFlush> flush;
   if (options.cold) flush.emplace();
 

@@ -37,6 +37,11 @@ void set_element(Options& options, const std::string& text) {
   options.element = text == "float16" ? Element::float16 : Element::bfloat16;
 }
 
+void set_kernels(Options& options, const std::string& text) {
+  if (text != "sm80" && text != "sm90") fail("--kernels must be sm80 or sm90, found '" + text + "'");
+  options.kernels = text == "sm80" ? Kernels::sm80 : Kernels::sm90;
+}
+
 // Whether `name` is a flag; sets it.
 bool set_flag(Options& options, const std::string& name) {
   if (name == "--cold") return options.cold = true;
@@ -60,6 +65,8 @@ void set_value(Options& options, const std::string& name, const std::string& tex
     options.head_dim_v = size(kMostHeadDim);
   } else if (name == "--dtype") {
     set_element(options, text);
+  } else if (name == "--kernels") {
+    set_kernels(options, text);
   } else if (name == "--direction") {
     set_direction(options, text);
   } else if (name == "--repeats") {
@@ -85,6 +92,7 @@ std::string usage() {
          "  --head-dim N      a multiple of 8 (64)\n"
          "  --head-dim-v N    a multiple of 8 (head_dim)\n"
          "  --dtype NAME      float16 or bfloat16 (bfloat16)\n"
+         "  --kernels NAME    sm80 or sm90 (sm90 if it can run)\n"
          "  --direction NAME  forward, backward or both (both)\n"
          "  --repeats N       timed calls (50)\n"
          "  --seed N          of the random inputs (0)\n"

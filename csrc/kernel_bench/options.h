@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -19,6 +20,7 @@ struct Options {
   int head_dim = 64;
   int head_dim_v = 0;  // 0: head_dim
   Element element = Element::bfloat16;
+  std::optional<Kernels> kernels;  // left out: the fastest that can run
   bool forward = true;  // the directions to time
   bool backward = true;
   int repeats = 50;

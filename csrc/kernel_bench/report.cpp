@@ -40,6 +40,8 @@ const char* name(Direction direction) {
 
 const char* name(Element element) { return element == Element::float16 ? "float16" : "bfloat16"; }
 
+const char* name(Kernels kernels) { return kernels == Kernels::sm90 ? "sm90" : "sm80"; }
+
 struct Rates {
   double gb_per_s;
   double tflop_per_s;
@@ -86,9 +88,9 @@ std::string to_text(const Report& report) {
   const Options& options = report.options;
   std::string text = report.device + "\n" + report.plan.name + "\n";
   text += formatted(
-      "n %d, batch %d, heads %d, kv_heads %d, head_dim %d, head_dim_v %d, %s, L2 %s\n\n",
+      "n %d, batch %d, heads %d, kv_heads %d, head_dim %d, head_dim_v %d, %s, %s, L2 %s\n\n",
       report.plan.length, options.batch, options.heads, options.kv_heads, options.head_dim,
-      options.head_dim_v, name(options.element), options.cold ? "flushed" : "not flushed");
+      options.head_dim_v, name(options.element), name(*options.kernels), options.cold ? "flushed" : "not flushed");
   text += "tensor    tokens  error, share of allowed\n";
   for (const Check& check : report.checks) {
     text += formatted("%-6s %9lld  %.3g", check.tensor.c_str(),
@@ -137,6 +139,7 @@ std::string to_json(const Report& report) {
   text += json_field("head_dim", std::to_string(options.head_dim));
   text += json_field("head_dim_v", std::to_string(options.head_dim_v));
   text += json_field("dtype", quoted(name(options.element)));
+  text += json_field("kernels", quoted(name(*options.kernels)));
   text += json_field("seed", std::to_string(options.seed));
   text += json_field("cold", flag(options.cold));
   text += json_field("repeats", std::to_string(options.once ? 1 : options.repeats));

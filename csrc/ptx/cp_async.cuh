@@ -24,6 +24,13 @@ __device__ __forceinline__ void cp_async_8(void* smem, const void* gmem, bool ex
                : "memory");
 }
 
+// Likewise 4 bytes, through L1.
+__device__ __forceinline__ void cp_async_4(void* smem, const void* gmem, bool exists) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(smem)),
+               "l"(gmem), "r"(exists ? 4 : 0)
+               : "memory");
+}
+
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }

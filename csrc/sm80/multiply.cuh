@@ -10,14 +10,15 @@ namespace sparse_attn::sm80 {
 
 __device__ __forceinline__ int lane_index() { return threadIdx.x % 32; }
 
-// product = own b^T: the rows of this warp times the rows of b from `b_row` on.
-template <class T, class Product, class OwnTile, class Tile>
+// product = own b^T: the rows of this warp times the rows of b from `b_row` on. kStepsAtOnce: fewer
+// hold fewer registers.
+template <class T, int kStepsAtOnce = 16, class Product, class OwnTile, class Tile>
 __device__ __forceinline__ void multiply_transposed(Product& product, OwnTile& own_smem,
                                                     Tile& b_smem, int b_row = 0) {
   static_assert(OwnTile::kColumns == Tile::kColumns && Tile::kRows % Product::kColumns == 0);
   const int lane = lane_index(), first_row = warp_row<OwnTile::kRows, Product::kRows>();
   product.clear();
-#pragma unroll
+#pragma unroll kStepsAtOnce
   for (int step = 0; step < Tile::kColumns / 16; ++step) {  // 16 columns of both
     uint32_t a[Product::kRowTiles][4];
 #pragma unroll

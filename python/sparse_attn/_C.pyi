@@ -39,6 +39,7 @@ def build_info() -> dict[str, str]: ...
 
 # Only in a build with CUDA kernels.
 def head_dims() -> list[tuple[int, int]]: ...
+def sm90_fits(head_dim: int, head_dim_v: int) -> bool: ...
 def driver_version() -> int: ...
 def forward(
     *,
@@ -57,6 +58,7 @@ def forward(
     head_dim_v: int,
     scale: float,
     bfloat16: bool,
+    sm90: bool,
     branch: Branch,
     merge: bool,
     device: int,
@@ -110,6 +112,7 @@ def backward(
     head_dim_v: int,
     scale: float,
     bfloat16: bool,
+    sm90: bool,
     keys_own: bool,  # dk and dv of a transposed branch; else dq
     branch: Branch,
     accumulate: bool,

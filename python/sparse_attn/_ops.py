@@ -9,7 +9,9 @@ Inputs are checked here, once for every path.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,13 +24,15 @@ from .patterns import BlockSparse, Pattern, PerHead, pattern_of
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-_FORWARD = {
-    "cuda": cuda.forward,
+_FORWARD: dict[str, Callable[..., None]] = {
+    "cuda_sm80": partial(cuda.forward, sm90=False),
+    "cuda_sm90": partial(cuda.forward, sm90=True),
     "torch": torch_backend.forward,
     "reference": reference.forward,
 }
-_BACKWARD = {
-    "cuda": cuda.backward,
+_BACKWARD: dict[str, Callable[..., None]] = {
+    "cuda_sm80": partial(cuda.backward, sm90=False),
+    "cuda_sm90": partial(cuda.backward, sm90=True),
     "torch": torch_backend.backward,
     "reference": reference.backward,
 }
@@ -119,7 +123,7 @@ def _scale(scale: float | None, q: torch.Tensor) -> float:
 
 def _without_autocast(name: str, device: torch.device) -> AbstractContextManager[Any]:
     """Keeps autocast, which has chosen the dtype of the inputs, out of a backend's arithmetic."""
-    return nullcontext() if name == "cuda" else torch.autocast(device.type, enabled=False)
+    return nullcontext() if name.startswith("cuda") else torch.autocast(device.type, enabled=False)
 
 
 @torch.library.impl("sparse_attn::forward", "CompositeExplicitAutograd")

@@ -54,8 +54,8 @@ def attention(
         return_lse: return ``(out, lse)``. lse is ``(batch, heads, seq)``, the natural logarithm of
             the sum of the exponentials of the scaled scores, fp32 (fp64 for fp64 inputs). Both are
             differentiable.
-        backend: "cuda" (the native kernels), "torch" or "reference"; the fastest that can run if
-            None.
+        backend: "cuda" (the native kernels; "cuda_sm80" or "cuda_sm90" for those of a compute
+            capability), "torch" or "reference"; the fastest that can run if None.
 
     Returns:
         out ``(batch, heads, seq, head_dim_v)`` in q's dtype and memory order. A query that attends
@@ -87,7 +87,10 @@ def attention(
 
 
 def which_backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> str:
-    """The backend that ``attention(q, k, v, pattern)`` runs on: "cuda" or "torch".
+    """The backend that ``attention(q, k, v, pattern)`` runs on.
+
+    "cuda_sm90" (Hopper's own kernels), "cuda_sm80" (those for any GPU from compute capability 8.0
+    on) or "torch".
 
     >>> which_backend(*torch.randn(3, 1, 8, 1000, 64).unbind(), Strided(32))
     'torch'

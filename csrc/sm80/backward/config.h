@@ -6,7 +6,7 @@
 #include "attention/shared_tile.cuh"
 #include "attention/tiles.h"
 #include "params.h"
-#include "sm80/reach.h"
+#include "attention/reach.h"
 
 namespace sparse_attn::sm80::backward {
 
@@ -27,9 +27,11 @@ struct Config {
   static constexpr int kTileOwn = kMany ? 128 : kHeadDim + kHeadDimV <= 256 ? 64 : 32;
   static constexpr int kTileStreamed = kHeadDim + kHeadDimV <= 256 ? 64 : 16;
   // Streamed rows whose weights and gradients of weights are in registers at a time.
-  static constexpr int kScoreColumns = kMany && kSumColumns <= 64           ? 64
-                                       : kSumColumns * kWarpRows < 16 * 256 ? 32
-                                                                            : 16;
+  static constexpr int kScoreColumns = kMany && kSumColumns <= 64   ? 64
+                                       : kMany || kSumColumns < 256 ? 32
+                                                                    : 16;
+  // Of 16 columns of own and streamed rows in a product: all, or what the registers leave room for.
+  static constexpr int kStepsAtOnce = kMany && kSumColumns > 64 ? 2 : 16;
   static constexpr int kWarps = kTileOwn / kWarpRows;
   static constexpr int kThreads = 32 * kWarps;
   // On a multiprocessor: as many as have no spills and fit its shared memory.

@@ -87,10 +87,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kLeastCtas)
   if (smem.tiles[0].exists) load_streamed(smem.tiles[0], 0);
   ptx::cp_async_commit();
 
+  const int own_row = warp_row<Config::kTileOwn, Config::kWarpRows>();
   // The statistics of the query of a pair.
   const auto stats = [&](int stage, int row, int column) -> const RowStats& {
-    const int own_row = warp_row<Config::kTileOwn, Config::kWarpRows>() + Config::Scores::row(row);
-    return kOwnsQueries ? smem.stats[0][own_row] : smem.stats[stage][column];
+    return kOwnsQueries ? smem.stats[0][own_row + Config::Scores::row(row)]
+                        : smem.stats[stage][column];
   };
   typename Config::Gradient gradient;     // dq or dk, over scale
   typename Config::GradientV gradient_v;  // dv
@@ -111,18 +112,19 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kLeastCtas)
       KeyTile part = tile;
       part.first_row += i;
       typename Config::Scores weights, dscores;
-      multiply_transposed<T>(weights, smem.own, smem.streamed[stage], i);
+      multiply_transposed<T, Config::kStepsAtOnce>(weights, smem.own, smem.streamed[stage], i);
       weights.for_each([&](float& weight, int row, int column) {
         weight =
             ptx::exp2(weight * (params.scale * kLog2E) - stats(stage, row, i + column).lse_log2);
       });
-      fill_others(weights, smem.attended, part, 0.f);
+      fill_others(weights, smem.attended[part.segment] + own_row, part, 0.f);
       if (tile.mixed) fill_other_blocks<Config::kTileOwn>(weights, branch, own, part, 0.f);
       if constexpr (Config::kSumsDv) {
         multiply_add<T>(gradient_v, weights, smem.streamed_v[stage], i);
       }
       if constexpr (Config::kSumsDqOrDk) {
-        multiply_transposed<T>(dscores, smem.own_v, smem.streamed_v[stage], i);
+        multiply_transposed<T, Config::kStepsAtOnce>(dscores, smem.own_v, smem.streamed_v[stage],
+                                                     i);
         dscores.for_each(weights, [&](float& dscore, float weight, int row, int column) {
           dscore = weight * (dscore - stats(stage, row, i + column).delta);
         });

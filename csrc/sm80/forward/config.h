@@ -5,7 +5,7 @@
 #include "attention/register_tile.cuh"
 #include "attention/shared_tile.cuh"
 #include "attention/tiles.h"
-#include "sm80/reach.h"
+#include "attention/reach.h"
 
 namespace sparse_attn::sm80::forward {
 

@@ -65,6 +65,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kLeastCtas)
   if (smem.tiles[0].exists) load_keys(smem.tiles[0], 0);
   ptx::cp_async_commit();
 
+  const int own_row = warp_row<Config::kTileQueries, Config::kWarpQueries>();
   typename Config::Output out;
   out.clear();
   OnlineSoftmax<kLaneRows> softmax;
@@ -89,7 +90,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kLeastCtas)
         scores.for_each([&](float& score, int, int) { score *= params.scale * kLog2E; });
         scale_log2 = 1.f;
       }
-      fill_others(scores, smem.attended, part, minus_infinity());
+      fill_others(scores, smem.attended[part.segment] + own_row, part, minus_infinity());
       if (tile.mixed)
         fill_other_blocks<Config::kTileQueries>(scores, branch, queries, part, minus_infinity());
       float shrink[kLaneRows];
@@ -115,7 +116,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kLeastCtas)
   float* row_lse_gmem[kLaneRows];
 #pragma unroll
   for (int i = 0; i < kLaneRows; ++i) {
-    const int row = warp_row<Config::kTileQueries, Config::kWarpQueries>() + Config::Output::row(i);
+    const int row = own_row + Config::Output::row(i);
     const int token = branch.queries.position(queries.group, queries.first_row + row);
     row_lse_gmem[i] = row < queries.rows ? lse_gmem + token : nullptr;
   }

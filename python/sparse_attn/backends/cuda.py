@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _PARTS = {"before": 0, "inside": 1, "after": 2}
 _LEAST_CAPABILITY = (8, 0)
+_HOPPER = (9, 0)
+_LEAST_BLOCK_SM90 = 64  # the queries of a warpgroup
 _LEAST_DRIVER = 13000  # CUDA 13.0
 # Key rows, tile ends and the stride between tokens are 32-bit integers.
 _MOST_TOKENS = 1 << 30
@@ -88,6 +90,18 @@ def _no_kernel(
     return None
 
 
+def unsupported_by_sm90(q: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> str | None:
+    """Why Hopper's own kernels do not run inputs that the others can; None if they do."""
+    capability = _capability(q.device)
+    if capability != _HOPPER:
+        return "the GPU has compute capability {}.{}, they need 9.0".format(*capability)
+    if not native().sm90_fits(q.shape[3], v.shape[3]):
+        return f"they have no pair as close to head_dim {q.shape[3]}, head_dim_v {v.shape[3]}"
+    if isinstance(pattern, BlockSparse) and pattern.block < _LEAST_BLOCK_SM90:
+        return f"the blocks are of {pattern.block} tokens, they take {_LEAST_BLOCK_SM90} or more"
+    return None
+
+
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
@@ -101,25 +115,30 @@ def forward(
     scale: float,
     out: torch.Tensor,
     lse: torch.Tensor,
+    *,
+    sm90: bool,
 ) -> None:
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
-    sizes = _sizes(q, k, v)
+    call = {
+        "q": _argument(q),
+        "k": _argument(k),
+        "v": _argument(v),
+        "out": _argument(out),
+        "lse": lse.data_ptr(),
+        "scale": scale,
+        "sm90": sm90,
+        **_sizes(q, k, v),
+        **_launch(q),
+    }
     for heads, head_pattern in _head_ranges(pattern, q.shape[1]):
         blocks = _block_rows(head_pattern, q, keys_own=False)
         for number, branch in enumerate(native_plan(head_pattern, q.shape[2])):
             native().forward(
-                q=_argument(q),
-                k=_argument(k),
-                v=_argument(v),
-                out=_argument(out),
-                lse=lse.data_ptr(),
-                scale=scale,
                 branch=_with_blocks(branch, blocks),
                 merge=number > 0,
                 first_head=heads.start,
                 head_count=len(heads),
-                **sizes,
-                **_launch(q),
+                **call,
             )
 
 
@@ -136,6 +155,8 @@ def backward(
     dq: torch.Tensor,
     dk: torch.Tensor,
     dv: torch.Tensor,
+    *,
+    sm90: bool,
 ) -> None:
     group = q.shape[1] // k.shape[1]
     ranges = _head_ranges(pattern, q.shape[1])
@@ -146,7 +167,7 @@ def backward(
         dk, dv = (x.new_empty((*q.shape[:3], x.shape[3])) for x in (k, v))
     q, k, v, dout, out = (_aligned(x) for x in (q, k, v, dout, out))
     stats = lse.new_empty((*lse.shape, 2))
-    sizes = _sizes(q, k, v)
+    sizes, launch = _sizes(q, k, v), _launch(q)
     native().row_stats(
         out=_argument(out),
         dout=_argument(dout),
@@ -154,8 +175,22 @@ def backward(
         dlse=0 if dlse is None else dlse.contiguous().data_ptr(),
         stats=stats.data_ptr(),
         **{name: sizes[name] for name in ("batch", "heads", "seq", "head_dim_v")},
-        **_launch(q),
+        **launch,
     )
+    call = {
+        "q": _argument(q),
+        "k": _argument(k),
+        "v": _argument(v),
+        "dout": _argument(dout),
+        "dq": _argument(dq),
+        "dk": _argument(dk),
+        "dv": _argument(dv),
+        "stats": stats.data_ptr(),
+        "scale": scale,
+        "sm90": sm90,
+        **sizes,
+        **launch,
+    }
     for heads, head_pattern in ranges:
         if not plan(head_pattern, q.shape[2])[0].segments[0].keys.lists_every_token:
             # The launches write only the keys that a segment lists.
@@ -166,23 +201,13 @@ def backward(
             branches = native_plan(head_pattern, q.shape[2], transposed=keys_own)
             for number, branch in enumerate(branches):
                 native().backward(
-                    q=_argument(q),
-                    k=_argument(k),
-                    v=_argument(v),
-                    dout=_argument(dout),
-                    dq=_argument(dq),
-                    dk=_argument(dk),
-                    dv=_argument(dv),
-                    stats=stats.data_ptr(),
-                    scale=scale,
                     keys_own=keys_own,
                     branch=_with_blocks(branch, blocks),
                     accumulate=number > 0,
                     first_head=heads.start,
                     head_count=len(heads),
                     heads_together=group if keys_own else 1,
-                    **sizes,
-                    **_launch(q),
+                    **call,
                 )
     if dk is not kv_dk:
         kv_dk.copy_(dk.unflatten(1, (k.shape[1], -1)).sum(2, dtype=torch.float32))

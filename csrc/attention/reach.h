@@ -3,7 +3,7 @@
 
 #include "attention/plan.h"
 
-namespace sparse_attn::sm80 {
+namespace sparse_attn {
 
 // How many keys most queries attend: the few that fit a tile or two, or many. Few are bound by
 // latency and bytes and want small CTAs; many by shared memory and arithmetic, and want each
@@ -23,4 +23,4 @@ inline Reach reach_of(const Branch& branch) {
   return together && keys >= 512 ? Reach::many : Reach::few;
 }
 
-}  // namespace sparse_attn::sm80
+}  // namespace sparse_attn

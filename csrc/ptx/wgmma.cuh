@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0
+// Matrix products of a warpgroup (PTX: wgmma.mma_async), fp32 accumulation. They run while the
+// warps go on: read or write the accumulator, and reuse the operands, only after the wait.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "attention/register_tile.cuh"
+#include "ptx/cp_async.cuh"
+
+namespace sparse_attn::ptx {
+
+// Before the first wgmma after registers of the accumulator or of a were written.
+__device__ __forceinline__ void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Waits until at most kPending committed groups are running.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Makes shared memory that was written by ordinary stores or cp.async visible to wgmma.
+__device__ __forceinline__ void fence_async_proxy() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Keeps the compiler from moving reads or writes of an accumulator across this point.
+template <class Tile>
+__device__ __forceinline__ void pin(Tile& tile) {
+  tile.for_each([](float& element, int, int) { asm volatile("" : "+f"(element)::"memory"); });
+}
+
+// An operand in shared memory with the 128-byte swizzle. `group_bytes`: from eight rows to the next
+// eight; `panel_bytes`: from 64 columns to the next 64, for an operand read across its rows.
+__device__ __forceinline__ uint64_t wgmma_operand(const void* smem, int group_bytes,
+                                                  int panel_bytes) {
+  const uint64_t address = shared_address(smem);
+  return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(panel_bytes >> 4) << 16 |
+         static_cast<uint64_t>(group_bytes >> 4) << 32 | uint64_t{1} << 62;
+}
+
+// The operand `bytes` further on.
+__device__ __forceinline__ uint64_t moved(uint64_t operand, int bytes) {
+  return operand + (bytes >> 4);
+}
+
+// Accumulators of eight columns, and of all.
+#define SUM_8(j) \
+  "+f"(sum.at[0][j][0]), "+f"(sum.at[0][j][1]), "+f"(sum.at[0][j][2]), "+f"(sum.at[0][j][3])
+#define SUM_64 SUM_8(0), SUM_8(1), SUM_8(2), SUM_8(3), SUM_8(4), SUM_8(5), SUM_8(6), SUM_8(7)
+#define SUM_128 \
+  SUM_64, SUM_8(8), SUM_8(9), SUM_8(10), SUM_8(11), SUM_8(12), SUM_8(13), SUM_8(14), SUM_8(15)
+#define NAMES_64                                                                               \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
+  "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NAMES_128                                                                           \
+  NAMES_64                                                                                  \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, " \
+  "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+// shape: columns of b; element: f16 or bf16; operands: of a and b, then transpositions.
+#define WGMMA(shape, element, add, operands)                                               \
+  "{\n.reg .pred p;\nsetp.ne.b32 p, " add ", 0;\nwgmma.mma_async.sync.aligned.m64n" #shape \
+  "k16.f32." element "." element " {" NAMES_##shape "}, " operands ";\n}"
+
+// sum = a b^T, or sum += a b^T if `add`: 16 columns of 64 rows of a and of 64 rows of b.
+template <class T>
+__device__ __forceinline__ void wgmma_transposed(RegisterTile<16, 64>& sum, uint64_t a, uint64_t b,
+                                                 bool add) {
+  if constexpr (std::is_same_v<T, __half>) {
+    asm volatile(WGMMA(64, "f16", "%34", "%32, %33, p, 1, 1, 0, 0")
+                 : SUM_64
+                 : "l"(a), "l"(b), "r"(int{add}));
+  } else {
+    asm volatile(WGMMA(64, "bf16", "%34", "%32, %33, p, 1, 1, 0, 0")
+                 : SUM_64
+                 : "l"(a), "l"(b), "r"(int{add}));
+  }
+}
+
+// sum = a b^T, or sum += a b^T if `add`: 16 columns of 64 rows of a and of 128 rows of b.
+template <class T>
+__device__ __forceinline__ void wgmma_transposed(RegisterTile<16, 128>& sum, uint64_t a, uint64_t b,
+                                                 bool add) {
+  if constexpr (std::is_same_v<T, __half>) {
+    asm volatile(WGMMA(128, "f16", "%66", "%64, %65, p, 1, 1, 0, 0")
+                 : SUM_128
+                 : "l"(a), "l"(b), "r"(int{add}));
+  } else {
+    asm volatile(WGMMA(128, "bf16", "%66", "%64, %65, p, 1, 1, 0, 0")
+                 : SUM_128
+                 : "l"(a), "l"(b), "r"(int{add}));
+  }
+}
+
+// sum += a b: 16 columns of 64 rows of a, 16 rows of b of 64 columns. A warp holds its 16 rows of a
+// in the registers of mma_m16n8k16.
+template <class T>
+__device__ __forceinline__ void wgmma_add(RegisterTile<16, 64>& sum, const uint32_t (&a)[4],
+                                          uint64_t b) {
+  if constexpr (std::is_same_v<T, __half>) {
+    asm volatile(WGMMA(64, "f16", "1", "{%32, %33, %34, %35}, %36, p, 1, 1, 1")
+                 : SUM_64
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  } else {
+    asm volatile(WGMMA(64, "bf16", "1", "{%32, %33, %34, %35}, %36, p, 1, 1, 1")
+                 : SUM_64
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+}
+
+// sum += a b: 16 columns of 64 rows of a, 16 rows of b of 128 columns. A warp holds its 16 rows of
+// a in the registers of mma_m16n8k16.
+template <class T>
+__device__ __forceinline__ void wgmma_add(RegisterTile<16, 128>& sum, const uint32_t (&a)[4],
+                                          uint64_t b) {
+  if constexpr (std::is_same_v<T, __half>) {
+    asm volatile(WGMMA(128, "f16", "1", "{%64, %65, %66, %67}, %68, p, 1, 1, 1")
+                 : SUM_128
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  } else {
+    asm volatile(WGMMA(128, "bf16", "1", "{%64, %65, %66, %67}, %68, p, 1, 1, 1")
+                 : SUM_128
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+}
+
+#undef WGMMA
+#undef NAMES_128
+#undef NAMES_64
+#undef SUM_128
+#undef SUM_64
+#undef SUM_8
+
+}  // namespace sparse_attn::ptx

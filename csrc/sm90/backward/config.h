@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+// Constants and shared memory of the Hopper backward kernels.
+#pragma once
+
+#include "attention/register_tile.cuh"
+#include "attention/shared_tile.cuh"
+#include "params.h"
+#include "sm90/query_tiles.h"
+#include "sm90/ring.cuh"
+
+namespace sparse_attn::sm90::backward {
+
+// Of queries, what RowStats holds: a lane reads neighbouring ones of a kind together.
+template <int kRows>
+struct alignas(16) Stats {
+  float lse_log2[kRows];
+  float delta[kRows];
+};
+
+// What the loading warpgroup tells of a tile in the ring.
+struct StreamedTile {
+  KeyTile rows;
+  bool more;  // streamed tiles of the same own rows
+};
+
+template <class T, int kHeadDim_, int kHeadDimV_, Owner kOwner>
+struct Config {
+  using Element = T;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kHeadDimV = kHeadDimV_;
+  static constexpr bool kOwnsQueries = kOwner == Owner::queries;  // and sums dq; else dk and dv
+  static constexpr int kConsumers = 2;                            // warpgroups that compute
+  static constexpr int kWarpgroupRows = 64;                       // own rows of one wgmma
+  static constexpr int kTileOwn = kConsumers * kWarpgroupRows;
+  static constexpr int kTileStreamed = 64;
+  static constexpr int kThreads = 128 * (1 + kConsumers);
+  static constexpr int kStages = kHeadDim + kHeadDimV <= 192 ? 4 : 2;  // streamed tiles in flight
+  static constexpr int kOwnStages = 2;  // the next own rows load while these are computed
+  // Whether the sums of a tile run beside the products of the next one: not where the registers of
+  // the sums leave no room.
+  static constexpr bool kOverlapsSums = kHeadDim + kHeadDimV <= 192;
+  // On a multiprocessor; then the registers of a lane that loads and of one that computes.
+  static constexpr int kCtas = 1;
+  static constexpr int kLoadRegisters = 40;
+  static constexpr int kComputeRegisters = 232;
+  // What a CTA starts with is all there is to share.
+  static constexpr int kRegisters = 65536 / (kCtas * kThreads) / 8 * 8;
+  static_assert(kLoadRegisters + kConsumers * kComputeRegisters <= (1 + kConsumers) * kRegisters);
+
+  using Scores = RegisterTile<16, kTileStreamed>;  // of a warp
+  using Gradient = RegisterTile<16, kHeadDim>;
+  using GradientV = RegisterTile<16, kHeadDimV>;
+
+  struct Part {
+    SharedTile<T, kWarpgroupRows, kHeadDim> own;     // q or k; in the end dq or dk
+    SharedTile<T, kWarpgroupRows, kHeadDimV> own_v;  // dout or v; in the end dv
+  };
+  struct Own {
+    Part part[kConsumers];
+  };
+
+  struct SharedMemory {
+    Own own[kOwnStages];
+    SharedTile<T, kTileStreamed, kHeadDim> streamed[kStages];     // k or q
+    SharedTile<T, kTileStreamed, kHeadDimV> streamed_v[kStages];  // v or dout
+    // Of the queries, own or streamed.
+    Stats<kOwnsQueries ? kTileOwn : kTileStreamed> stats[kOwnsQueries ? kOwnStages : kStages];
+    QueryTile rows[kOwnStages];  // the head is the first of those summed; no row: the last tile
+    Interval attended[kOwnStages][kMaxSegments][kTileOwn];
+    bool any_streamed[kOwnStages];
+    StreamedTile tile[kStages];
+    RingBarriers<kOwnStages> own_ring;
+    RingBarriers<kStages> ring;
+  };
+  static_assert(kCtas * (sizeof(SharedMemory) + 1024) <= 228 * 1024,
+                "a multiprocessor has 228 KB, a CTA takes 1 KB more than it asks for");
+};
+
+}  // namespace sparse_attn::sm90::backward

@@ -1,0 +1,396 @@
+// SPDX-License-Identifier: Apache-2.0
+// The Hopper backward kernels: one branch of a plan; CTAs that stay and take one tile of own rows
+// after another.
+//
+// Two owners, one kernel, as in sm80/backward: a CTA that owns queries streams the keys they attend
+// and sums dq; one that owns keys streams the queries that attend them, over all heads of their
+// group, and sums dk and dv. No atomics: a gradient is summed by one warpgroup in one order.
+//
+// One warpgroup loads: the next own rows while these are computed, streamed tiles into a ring. The
+// others compute 64 own rows each with wgmma. README.md in this folder has the formulas, the
+// schedule and the counts.
+#pragma once
+
+#include "attention/mask.cuh"
+#include "attention/softmax.cuh"
+#include "ptx/registers.cuh"
+#include "sm90/backward/config.h"
+#include "sm90/load_rows.cuh"
+#include "sm90/multiply.cuh"
+#include "sm90/walk.cuh"
+
+namespace sparse_attn::sm90::backward {
+
+enum Barrier { kLoadBarrier = 1, kComputeBarrier };  // 0 is __syncthreads
+
+__device__ __forceinline__ int kv_head_of(const BackwardParams& params, int head) {
+  return head / (params.heads / params.kv_heads);
+}
+
+// The streamed tiles of a tile of own rows, over the heads summed together.
+template <class Config>
+struct Walk {
+  KeyWalk<Config::kTileStreamed, Config::kTileOwn> of_head;
+  int end_head;
+
+  __device__ __forceinline__ Walk(const BackwardParams& params, const QueryTile& own,
+                                  const Interval (&attended_smem)[kMaxSegments][Config::kTileOwn])
+      : of_head(params.branch, own, attended_smem), end_head(own.head + params.heads_together) {}
+
+  // Whether there is another tile: then it is `of_head.tile`.
+  __device__ __forceinline__ bool next() {
+#pragma unroll 1
+    while (!of_head.next()) {
+      const int head = of_head.tile.head + 1;
+      if (head == end_head) return false;
+      of_head.tile = of_head.tokens.last;
+      of_head.tile.head = head;
+      of_head.end = 0;
+    }
+    return true;
+  }
+};
+
+// Starts copying the statistics of `rows` queries of a view; zeros where there is no row. Half of
+// the warpgroup copies the lse, half delta.
+template <int kRows>
+__device__ __forceinline__ void load_stats(Stats<kRows>& stats_smem, const RowStats* stats_gmem,
+                                           const SequenceView& view, int group, int first_row,
+                                           int rows) {
+  const bool lse = threadIdx.x % 128 < 64;
+#pragma unroll 1
+  for (int row = threadIdx.x % 64; row < kRows; row += 64) {
+    const RowStats* row_gmem = stats_gmem + view.position(group, first_row + row);
+    ptx::cp_async_4(lse ? &stats_smem.lse_log2[row] : &stats_smem.delta[row],
+                    lse ? &row_gmem->lse_log2 : &row_gmem->delta, row < rows);
+  }
+}
+
+// The warpgroup that loads.
+template <class Config, class SharedMemory>
+__device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& params,
+                                     const QueryTiles& tiles) {
+  using T = typename Config::Element;
+  constexpr bool kOwnsQueries = Config::kOwnsQueries;
+  const Branch& branch = params.branch;
+  const TensorView& own_view = kOwnsQueries ? params.q : params.k;
+  const TensorView& own_v_view = kOwnsQueries ? params.dout : params.v;
+  const TensorView& streamed_view = kOwnsQueries ? params.k : params.q;
+  const TensorView& streamed_v_view = kOwnsQueries ? params.v : params.dout;
+  const auto stats_gmem = [&](int batch, int head) {
+    return params.stats + (static_cast<int64_t>(batch) * params.heads + head) * params.seq_q;
+  };
+  Place<Config::kOwnStages> own_place;
+  Place<Config::kStages> place;
+  for (int round = 0; round * gridDim.x < tiles.count; ++round) {
+    const int index = tiles.index(round, blockIdx.x, gridDim.x);
+    if (index >= tiles.count) continue;
+    QueryTile own = tiles.at(index, branch.queries);
+    if (own.rows == 0) continue;
+    own.head = params.first_head + own.head * params.heads_together;
+    const int kv_head = kv_head_of(params, own.head);
+    const int stage = own_place.stage;
+    own_place.wait_empty(smem.own_ring);
+    auto& attended_smem = smem.attended[stage];
+    find_attended<128>(attended_smem, branch, own);
+    if (threadIdx.x == 0) smem.rows[stage] = own;
+
+    const int own_head = kOwnsQueries ? own.head : kv_head;
+#pragma unroll 1
+    for (int number = 0; number < Config::kConsumers; ++number) {
+      const int first_row = number * Config::kWarpgroupRows;
+      const auto load_own = [&](auto& tile_smem, const TensorView& tensor, int head_dim) {
+        const T* gmem = head_gmem<const T>(tensor, own.batch, own_head);
+        for_each_row<Config::kWarpgroupRows>(
+            branch.queries, own.group, own.first_row + first_row, own.rows - first_row,
+            [&](int row, int64_t token, bool exists) {
+              load_row(tile_smem, row, gmem + token * tensor.row_stride, head_dim, exists);
+            });
+      };
+      auto& part_smem = smem.own[stage].part[number];
+      load_own(part_smem.own, own_view, params.head_dim);
+      load_own(part_smem.own_v, own_v_view, params.head_dim_v);
+    }
+    if constexpr (kOwnsQueries) {
+      load_stats(smem.stats[stage], stats_gmem(own.batch, own.head), branch.queries, own.group,
+                 own.first_row, own.rows);
+    }
+    ptx::named_barrier(kLoadBarrier, 128);  // all intervals
+    Walk<Config> walk(params, own, attended_smem);
+    bool more = walk.next();
+    if (threadIdx.x == 0) smem.any_streamed[stage] = more;
+    ptx::cp_async_arrive(smem.own_ring.full[stage]);
+    ptx::mbarrier_arrive(smem.own_ring.full[stage]);  // what was not copied
+    own_place.advance();
+
+    while (more) {
+      const KeyTile tile = walk.of_head.tile;
+      more = walk.next();
+      const SequenceView& view = branch.segments[tile.segment].keys;
+      const int rows = tile.end_row - tile.first_row;
+      const int head = kOwnsQueries ? kv_head : tile.head;
+      const auto load_streamed = [&](auto& tile_smem, const TensorView& tensor, int head_dim) {
+        const T* gmem = head_gmem<const T>(tensor, own.batch, head);
+        for_each_row<Config::kTileStreamed>(
+            view, own.group, tile.first_row, rows, [&](int row, int64_t token, bool exists) {
+              load_row(tile_smem, row, gmem + token * tensor.row_stride, head_dim, exists);
+            });
+      };
+      place.wait_empty(smem.ring);
+      load_streamed(smem.streamed[place.stage], streamed_view, params.head_dim);
+      load_streamed(smem.streamed_v[place.stage], streamed_v_view, params.head_dim_v);
+      if constexpr (!kOwnsQueries) {
+        load_stats(smem.stats[place.stage], stats_gmem(own.batch, head), view, own.group,
+                   tile.first_row, rows);
+      }
+      ptx::cp_async_arrive(smem.ring.full[place.stage]);
+      if (threadIdx.x == 0) {
+        smem.tile[place.stage] = {tile, more};
+        ptx::mbarrier_arrive(smem.ring.full[place.stage]);
+      }
+      place.advance();
+    }
+  }
+  own_place.wait_empty(smem.own_ring);
+  smem.rows[own_place.stage].rows = 0;
+  ptx::cp_async_arrive(smem.own_ring.full[own_place.stage]);
+  ptx::mbarrier_arrive(smem.own_ring.full[own_place.stage]);
+}
+
+// Whether rows of a part attend a streamed tile; sets where the tile is cut for them, and whether
+// their blocks differ.
+template <int kTileStreamed, int kTileOwn>
+__device__ __forceinline__ bool attends(KeyTile& tile,
+                                        const Interval (&attended_smem)[kMaxSegments][kTileOwn],
+                                        const Branch& branch, const QueryTile& part,
+                                        int first_row) {
+  if (part.rows == 0) return false;
+  const Interval first = attended_smem[tile.segment][first_row];
+  const Interval last = attended_smem[tile.segment][first_row + part.rows - 1];
+  if (tile.end_row <= first.first || tile.first_row >= last.end) return false;
+  tile.cut_before = tile.first_row < last.first;
+  tile.cut_after = tile.end_row > first.end || tile.end_row < tile.first_row + kTileStreamed;
+  if (!tile.mixed || branch.blocks.size < 64) return true;
+  // Blocks of 64 or 128: the rows of a part, and those of the tile, lie in one.
+  tile.mixed = false;
+  return branch.keeps(tile.head, part.first_row, tile.first_row);
+}
+
+// Keeps registers that a wgmma reads from being reused before this point.
+template <class T, class Tile>
+__device__ __forceinline__ void keep(Rounded<T, Tile>& rounded) {
+#pragma unroll
+  for (auto& fragment : rounded.at) {
+#pragma unroll
+    for (uint32_t& pair : fragment) asm volatile("" : "+r"(pair)::"memory");
+  }
+}
+
+// A warpgroup that computes the `number`-th 64 rows of every own tile.
+template <class Config, class SharedMemory>
+__device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams& params,
+                                        int number) {
+  using T = typename Config::Element;
+  using Scores = typename Config::Scores;
+  constexpr bool kOwnsQueries = Config::kOwnsQueries;
+  constexpr int kLaneRows = Scores::kLaneRows;
+  const Branch& branch = params.branch;
+  const float scale_log2 = params.scale * kLog2E;
+  const int first_row = number * Config::kWarpgroupRows;
+  const int warp_row = threadIdx.x / 32 % 4 * 16;  // of the part
+  const auto sync = [&] { ptx::named_barrier(kComputeBarrier + number, 128); };
+  Place<Config::kOwnStages> own_place;
+  Place<Config::kStages> place;
+  while (true) {
+    const int own_stage = own_place.stage;
+    own_place.wait_full(smem.own_ring);
+    const QueryTile& own = smem.rows[own_stage];  // read when needed: registers are scarce
+    if (own.rows == 0) break;
+    const auto own_part = [&] {
+      return QueryTile{own.batch, own.head, own.group, own.first_row + first_row,
+                       greatest(least(own.rows - first_row, Config::kWarpgroupRows), 0)};
+    };
+    auto& part_smem = smem.own[own_stage].part[number];
+    auto& attended_smem = smem.attended[own_stage];
+
+    typename Config::Gradient gradient;     // dq or dk, over scale
+    typename Config::GradientV gradient_v;  // dv
+    gradient.clear();
+    gradient_v.clear();
+    // The statistics of the query of a pair: of this lane's rows, or of a column.
+    float own_lse_log2[kLaneRows], own_delta[kLaneRows];
+#pragma unroll
+    for (int i = 0; i < kLaneRows; ++i) {
+      const int row = first_row + warp_row + Scores::row(i);
+      own_lse_log2[i] = kOwnsQueries ? smem.stats[own_stage].lse_log2[row] : 0.f;
+      own_delta[i] = kOwnsQueries ? smem.stats[own_stage].delta[row] : 0.f;
+    }
+    const auto lse_log2 = [&](int row, int column) {
+      return kOwnsQueries ? own_lse_log2[row] : smem.stats[place.stage].lse_log2[column];
+    };
+    const auto delta = [&](int row, int column) {
+      return kOwnsQueries ? own_delta[row] : smem.stats[place.stage].delta[column];
+    };
+
+    bool more = smem.any_streamed[own_stage];  // whether there is a tile at `place`
+    KeyTile tile;
+    Scores weights, dscores;
+    const auto attended = [&] {  // whether this part attends the tile at `place`
+      place.wait_full(smem.ring);
+      tile = smem.tile[place.stage].rows;
+      return attends<Config::kTileStreamed>(tile, attended_smem, branch, own_part(), first_row);
+    };
+    const auto advance = [&] {
+      more = smem.tile[place.stage].more;
+      place.advance();
+    };
+    // The products become scores, and weights times values: two groups.
+    const auto start_products = [&] {
+      start_multiply_transposed<T>(weights, part_smem.own, smem.streamed[place.stage]);
+      start_multiply_transposed<T>(dscores, part_smem.own_v, smem.streamed_v[place.stage]);
+    };
+    // From scores.
+    const auto find_weights = [&] {
+      ptx::pin(weights);
+      weights.for_each([&](float& weight, int row, int column) {
+        weight = ptx::exp2(weight * scale_log2 - lse_log2(row, column));
+      });
+      fill_others(weights, attended_smem[tile.segment] + first_row + warp_row, tile, 0.f);
+      if (tile.mixed) {
+        fill_other_blocks<Config::kWarpgroupRows>(weights, branch, own_part(), tile, 0.f);
+      }
+    };
+    // From gradients of weights.
+    const auto find_dscores = [&] {
+      ptx::pin(dscores);
+      dscores.for_each(weights, [&](float& dscore, float weight, int row, int column) {
+        dscore = weight * (dscore - delta(row, column));
+      });
+      // A key that no query attends may be NaN, and 0 * NaN is NaN.
+      if (tile.mixed) {
+        fill_other_blocks<Config::kWarpgroupRows>(dscores, branch, own_part(), tile, 0.f);
+      }
+    };
+    while (more) {
+      if (!attended()) {
+        const auto skipped = place;
+        advance();
+        skipped.arrive_empty(smem.ring);
+        continue;
+      }
+      ptx::fence_async_proxy();  // between cp.async and wgmma
+      ptx::wgmma_fence();
+      start_products();
+      ptx::wgmma_wait<1>();
+      find_weights();
+      ptx::wgmma_wait<0>();
+      find_dscores();
+      Rounded<T, Scores> rounded_weights(weights), rounded_dscores(dscores);
+      auto summed = place;
+      advance();
+      const auto start_sums = [&] {
+        if constexpr (!kOwnsQueries) {
+          start_multiply_add<T>(gradient_v, rounded_weights, smem.streamed_v[summed.stage]);
+        }
+        start_multiply_add<T>(gradient, rounded_dscores, smem.streamed[summed.stage]);
+      };
+      const auto finish_sums = [&] {
+        ptx::wgmma_wait<0>();
+        ptx::pin(gradient);
+        if constexpr (!kOwnsQueries) {
+          ptx::pin(gradient_v);
+          keep(rounded_weights);
+        }
+        keep(rounded_dscores);
+        summed.arrive_empty(smem.ring);
+      };
+      if constexpr (Config::kOverlapsSums) {
+        // The products of a tile beside the sums of the one before. A tile that is not attended
+        // ends this: all but one of the stages must be let go while waiting for others.
+        constexpr int kSums = kOwnsQueries ? 1 : 2;
+        while (more && attended()) {
+          ptx::fence_async_proxy();
+          ptx::wgmma_fence();
+          start_products();
+          start_sums();
+          ptx::wgmma_wait<kSums + 1>();
+          find_weights();
+          ptx::wgmma_wait<kSums>();
+          find_dscores();
+          finish_sums();
+          rounded_weights.round(weights);
+          rounded_dscores.round(dscores);
+          summed = place;
+          advance();
+        }
+      }
+      ptx::wgmma_fence();
+      start_sums();
+      finish_sums();
+    }
+
+    // The gradients take the place of the own rows.
+    const QueryTile part = own_part();
+    const int target_head = part.head / params.heads_together;
+    const TensorView& target = kOwnsQueries ? params.dq : params.dk;
+    const auto load_earlier = [&](auto& own_smem, const TensorView& target, int head_dim) {
+      load_tile<128>(own_smem, head_gmem<const T>(target, part.batch, target_head),
+                     target.row_stride, branch.queries, part.group, part.first_row,
+                     part.first_row + part.rows, head_dim);
+    };
+    const auto write = [&](auto& own_smem, const auto& sum, float factor) {
+      float factors[kLaneRows], ones[kLaneRows];
+#pragma unroll
+      for (int i = 0; i < kLaneRows; ++i) factors[i] = factor, ones[i] = 1.f;
+      write_rows<T>(own_smem, sum, factors, ones, params.accumulate);
+    };
+    const auto store = [&](auto& own_smem, const TensorView& target, int head_dim) {
+      T* gmem = head_gmem<T>(target, part.batch, target_head);
+      for_each_row<Config::kWarpgroupRows>(
+          branch.queries, part.group, part.first_row, part.rows,
+          [&](int row, int64_t token, bool exists) {
+            store_row(own_smem, row, gmem + token * target.row_stride, head_dim, exists);
+          });
+    };
+    sync();  // no warp's wgmma reads the own rows any more
+    if (params.accumulate) {
+      load_earlier(part_smem.own, target, params.head_dim);
+      if constexpr (!kOwnsQueries) load_earlier(part_smem.own_v, params.dv, params.head_dim_v);
+      ptx::cp_async_commit();
+      ptx::cp_async_wait<0>();
+      sync();
+    }
+    write(part_smem.own, gradient, params.scale);
+    if constexpr (!kOwnsQueries) write(part_smem.own_v, gradient_v, 1.f);
+    sync();
+    store(part_smem.own, target, params.head_dim);
+    if constexpr (!kOwnsQueries) store(part_smem.own_v, params.dv, params.head_dim_v);
+    own_place.arrive_empty(smem.own_ring);
+    own_place.advance();
+  }
+}
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
+    backward_kernel(const __grid_constant__ BackwardParams params,
+                    const __grid_constant__ QueryTiles tiles) {
+  extern __shared__ __align__(1024) char shared_memory[];
+  auto& smem = *reinterpret_cast<typename Config::SharedMemory*>(shared_memory);
+  if (threadIdx.x == 0) {
+    constexpr int kWarps = 4 * Config::kConsumers;
+    smem.own_ring.init(2 * 128, kWarps);  // of each lane: its copies, its intervals
+    smem.ring.init(128 + 1, kWarps);      // of each lane: its copies; the tile
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
+  if (warpgroup == 0) {
+    ptx::give_registers<Config::kLoadRegisters>();
+    load<Config>(smem, params, tiles);
+  } else {
+    ptx::take_registers<Config::kComputeRegisters>();
+    compute<Config>(smem, params, warpgroup - 1);
+  }
+}
+
+}  // namespace sparse_attn::sm90::backward

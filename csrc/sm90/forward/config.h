@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+// Constants and shared memory of the Hopper forward kernel.
+#pragma once
+
+#include "attention/reach.h"
+#include "attention/register_tile.cuh"
+#include "attention/shared_tile.cuh"
+#include "sm90/query_tiles.h"
+#include "sm90/ring.cuh"
+#include "sm90/view_map.h"
+
+namespace sparse_attn::sm90::forward {
+
+// How the tensor memory accelerator reads the tensors of a call.
+struct ForwardMaps {
+  ViewMap q;
+  ViewMap k[kMaxSegments];
+  ViewMap v[kMaxSegments];
+};
+
+// Few keys are bound by bytes and latency: two small CTAs a multiprocessor and tiles of 64 keys, of
+// which a window or a chunk needs few. Many are bound by arithmetic: large products.
+template <class T, int kHeadDim_, int kHeadDimV_, Reach kReach>
+struct Config {
+  using Element = T;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kHeadDimV = kHeadDimV_;
+  static constexpr bool kMany = kReach == Reach::many;
+  static constexpr bool kSmall = kHeadDim <= 64 && kHeadDimV <= 64;
+  static constexpr int kConsumers = kMany && kSmall ? 3 : 2;  // warpgroups that compute
+  static constexpr int kWarpgroupQueries = 64;                // the rows of one wgmma
+  static constexpr int kTileQueries = kConsumers * kWarpgroupQueries;
+  static constexpr int kTileKeys = kMany ? 128 : 64;
+  static constexpr int kThreads = 128 * (1 + kConsumers);
+  static constexpr int kKeyStages = kMany && !kSmall ? 2 : 4;  // tiles of keys, and of values
+  static constexpr int kQueryStages = 2;  // the next queries load while these are computed
+  static constexpr int kCtas = kMany || !kSmall ? 1 : 2;  // on a multiprocessor
+  // Of a lane that loads and of one that computes.
+  static constexpr int kLoadRegisters = kConsumers == 3 ? 32 : kCtas == 2 ? 48 : 40;
+  static constexpr int kComputeRegisters = kConsumers == 3 ? 160 : kCtas == 2 ? 96 : 232;
+  // The scores of a tile beside the sums of the one before: if there are registers for both.
+  static constexpr bool kOverlap = kCtas == 1;
+  // What a CTA starts with is all there is to share.
+  static constexpr int kRegisters = 65536 / (kCtas * kThreads) / 8 * 8;
+  static_assert(kLoadRegisters + kConsumers * kComputeRegisters <= (1 + kConsumers) * kRegisters);
+
+  using Scores = RegisterTile<16, kTileKeys>;  // of a warp
+  using Output = RegisterTile<16, kHeadDimV>;
+
+  struct Queries {
+    union {  // the output is written when the queries are no longer read
+      SharedTile<T, kWarpgroupQueries, kHeadDim> q;
+      SharedTile<T, kWarpgroupQueries, kHeadDimV> out;
+    } part[kConsumers];
+  };
+
+  struct SharedMemory {
+    Queries queries[kQueryStages];
+    SharedTile<T, kTileKeys, kHeadDim> k[kKeyStages];
+    SharedTile<T, kTileKeys, kHeadDimV> v[kKeyStages];
+    QueryTile query_tile[kQueryStages];  // no row: the last
+    Interval attended[kQueryStages][kMaxSegments][kTileQueries];
+    RingBarriers<kQueryStages> query_ring;
+    RingBarriers<kKeyStages> k_ring;
+    RingBarriers<kKeyStages> v_ring;
+  };
+  static_assert(kCtas * (sizeof(SharedMemory) + 1024) <= 228 * 1024,
+                "a multiprocessor has 228 KB, a CTA takes 1 KB more than it asks for");
+};
+
+}  // namespace sparse_attn::sm90::forward

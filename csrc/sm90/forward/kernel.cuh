@@ -1,0 +1,275 @@
+// SPDX-License-Identifier: Apache-2.0
+// The Hopper forward kernel: one branch of a plan; CTAs that stay and take one tile of 128 queries
+// after another.
+//
+// One warpgroup loads: the queries of the next tile while these are computed, key and value tiles
+// into a ring. Two warpgroups compute 64 queries each with wgmma. README.md in this folder has the
+// schedule and the counts.
+#pragma once
+
+#include "attention/finish_rows.cuh"
+#include "attention/mask.cuh"
+#include "ptx/registers.cuh"
+#include "sm90/forward/config.h"
+#include "sm90/load_rows.cuh"
+#include "sm90/multiply.cuh"
+#include "sm90/walk.cuh"
+
+namespace sparse_attn::sm90::forward {
+
+enum Barrier { kLoadBarrier = 1, kComputeBarrier };  // 0 is __syncthreads
+
+// The intervals of a query tile; the last query stands in for missing ones.
+template <int kRows>
+__device__ __forceinline__ void find_attended(Interval (&attended_smem)[kMaxSegments][kRows],
+                                              const Branch& branch, const QueryTile& queries) {
+#pragma unroll 1
+  for (int row = threadIdx.x % 128; row < kRows; row += 128) {
+    const int token =
+        branch.queries.position(queries.group, queries.first_row + least(row, queries.rows - 1));
+#pragma unroll 1
+    for (int segment = 0; segment < branch.segment_count; ++segment) {
+      attended_smem[segment][row] =
+          branch.segments[segment].bounds(branch.run, queries.group, token);
+    }
+  }
+}
+
+// The warpgroup that loads.
+template <class Config, class SharedMemory>
+__device__ __forceinline__ void load(SharedMemory& smem, const ForwardParams& params,
+                                     const QueryTiles& tiles, const ForwardMaps& maps) {
+  using T = typename Config::Element;
+  const Branch& branch = params.branch;
+  Place<Config::kQueryStages> query_place;
+  Place<Config::kKeyStages> key_place;
+  for (int round = 0;; ++round) {
+    const int index = tiles.index(round, blockIdx.x, gridDim.x);
+    if (round * gridDim.x >= tiles.count) break;
+    if (index >= tiles.count) continue;
+    const QueryTile queries = tiles.at(index, branch.queries);
+    if (queries.rows == 0) continue;
+    const int stage = query_place.stage;
+    uint64_t& full = smem.query_ring.full[stage];
+    query_place.wait_empty(smem.query_ring);
+    auto& attended_smem = smem.attended[stage];
+    find_attended(attended_smem, branch, queries);
+    if (threadIdx.x == 0) smem.query_tile[stage] = queries;
+    const Rows<T> q(maps.q, branch.queries, params.q, params.head_dim, queries.batch, queries.head);
+#pragma unroll 1
+    for (int part = 0; part < Config::kConsumers; ++part) {
+      const int first_row = queries.first_row + part * Config::kWarpgroupQueries;
+      const int end_row =
+          least(first_row + Config::kWarpgroupQueries, queries.first_row + queries.rows);
+      q.load(smem.queries[stage].part[part].q, full, queries.group, first_row, end_row);
+    }
+    ptx::cp_async_arrive(full);
+    ptx::mbarrier_arrive(full);  // the intervals
+    query_place.advance();
+    ptx::named_barrier(kLoadBarrier, 128);  // all intervals
+
+    const int kv_head = queries.head / (params.heads / params.kv_heads);
+    for_each_key_tile<Config::kTileKeys>(branch, queries, attended_smem, [&](const KeyTile& tile) {
+      const SequenceView& view = branch.segments[tile.segment].keys;
+      const auto load_keys = [&](auto& tile_smem, auto& ring, const ViewMap& map,
+                                 const TensorView& tensor, int head_dim) {
+        key_place.wait_empty(ring);
+        Rows<T>(map, view, tensor, head_dim, queries.batch, kv_head)
+            .load(tile_smem[key_place.stage], ring.full[key_place.stage], queries.group,
+                  tile.first_row, tile.end_row);
+        ptx::cp_async_arrive(ring.full[key_place.stage]);
+      };
+      load_keys(smem.k, smem.k_ring, maps.k[tile.segment], params.k, params.head_dim);
+      load_keys(smem.v, smem.v_ring, maps.v[tile.segment], params.v, params.head_dim_v);
+      key_place.advance();
+    });
+  }
+  query_place.wait_empty(smem.query_ring);
+  smem.query_tile[query_place.stage].rows = 0;
+  ptx::cp_async_arrive(smem.query_ring.full[query_place.stage]);
+  ptx::mbarrier_arrive(smem.query_ring.full[query_place.stage]);
+}
+
+// Whether queries of a part attend a tile of keys; sets where the tile is cut for them.
+template <int kTileKeys, class SharedIntervals>
+__device__ __forceinline__ bool attends(KeyTile& tile, const SharedIntervals& attended_smem,
+                                        const Branch& branch, const QueryTile& part,
+                                        int first_row) {
+  if (part.rows == 0) return false;
+  const Interval first = attended_smem[tile.segment][first_row];
+  const Interval last = attended_smem[tile.segment][first_row + part.rows - 1];
+  tile.cut_before = tile.first_row < last.first;
+  tile.cut_after = tile.end_row > first.end || tile.end_row < tile.first_row + kTileKeys;
+  if (tile.end_row <= first.first || tile.first_row >= last.end) return false;
+  // The queries of a part lie in one block.
+  return !tile.mixed || branch.keeps(tile.head, part.first_row, tile.first_row);
+}
+
+// A warpgroup that computes the `number`-th 64 queries of every tile.
+template <class Config, class SharedMemory>
+__device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams& params,
+                                        int number) {
+  using T = typename Config::Element;
+  constexpr int kLaneRows = Config::Output::kLaneRows;
+  const Branch& branch = params.branch;
+  const int first_row = number * Config::kWarpgroupQueries;
+  const int warp_row = threadIdx.x / 32 % 4 * 16;  // of the part
+  const auto sync = [&] { ptx::named_barrier(kComputeBarrier + number, 128); };
+  Place<Config::kQueryStages> query_place;
+  Place<Config::kKeyStages> key_place;
+  while (true) {
+    const int stage = query_place.stage;
+    query_place.wait_full(smem.query_ring);
+    const QueryTile queries = smem.query_tile[stage];
+    if (queries.rows == 0) break;
+    QueryTile part = queries;
+    part.first_row += first_row;
+    part.rows = greatest(least(part.rows - first_row, Config::kWarpgroupQueries), 0);
+    auto& q_smem = smem.queries[stage].part[number].q;
+    auto& attended_smem = smem.attended[stage];
+
+    typename Config::Scores scores;
+    Rounded<T, typename Config::Scores> weights;
+    float shrink[kLaneRows];  // by which a tile's greater maxima shrink what is summed
+    typename Config::Output out;
+    out.clear();
+    OnlineSoftmax<kLaneRows> softmax;
+    KeyWalk<Config::kTileKeys, Config::kTileQueries> walk(branch, queries, attended_smem);
+    // The next tile that this part attends; the others are let go.
+    const auto next_tile = [&] {
+      while (walk.next()) {
+        key_place.wait_full(smem.k_ring);
+        if (attends<Config::kTileKeys>(walk.tile, attended_smem, branch, part, first_row)) {
+          return true;
+        }
+        key_place.arrive_empty(smem.k_ring);
+        key_place.wait_full(smem.v_ring);
+        key_place.arrive_empty(smem.v_ring);
+        key_place.advance();
+      }
+      return false;
+    };
+    Place<Config::kKeyStages> weighed_place;  // of the tile whose weights are taken
+    const auto start_scores = [&] {
+      ptx::fence_async_proxy();  // between cp.async and wgmma
+      ptx::wgmma_fence();
+      start_multiply_transposed<T>(scores, q_smem, smem.k[key_place.stage]);
+    };
+    // From scores to weights, in place.
+    const auto weigh = [&] {
+      ptx::pin(scores);
+      key_place.arrive_empty(smem.k_ring);
+      float scale_log2 = params.scale * kLog2E;
+      if (scale_log2 <= 0.f) {  // the greatest score has not the greatest product
+        scores.for_each([&](float& score, int, int) { score *= scale_log2; });
+        scale_log2 = 1.f;
+      }
+      fill_others(scores, attended_smem[walk.tile.segment] + first_row + warp_row, walk.tile,
+                  minus_infinity());
+      softmax.update(scores, scale_log2, shrink);
+    };
+    const auto start_sums = [&] {
+      weighed_place.wait_full(smem.v_ring);
+      ptx::fence_async_proxy();
+      ptx::wgmma_fence();
+      start_multiply_add<T>(out, weights, smem.v[weighed_place.stage]);
+    };
+    const auto end_sums = [&] {
+      ptx::wgmma_wait<0>();
+      ptx::pin(out);
+      weighed_place.arrive_empty(smem.v_ring);
+    };
+    const auto take_weights = [&] {
+      out.for_each([&](float& element, int row, int) { element *= shrink[row]; });
+      weights.round(scores);
+      weighed_place = key_place;
+      key_place.advance();
+    };
+    if constexpr (Config::kOverlap) {
+      if (next_tile()) {
+        start_scores();
+        ptx::wgmma_wait<0>();
+        weigh();
+        take_weights();
+        while (next_tile()) {
+          start_scores();
+          start_sums();
+          ptx::wgmma_wait<1>();
+          weigh();
+          end_sums();
+          take_weights();
+        }
+        start_sums();
+        end_sums();
+      }
+    } else {
+      while (next_tile()) {
+        start_scores();
+        ptx::wgmma_wait<0>();
+        weigh();
+        take_weights();
+        start_sums();
+        end_sums();
+      }
+    }
+
+    // The output takes the place of the queries.
+    auto& out_smem = smem.queries[stage].part[number].out;
+    T* out_gmem = head_gmem<T>(params.out, part.batch, part.head);
+    sync();
+    if (params.merge) {
+      load_tile<128>(out_smem, out_gmem, params.out.row_stride, branch.queries, part.group,
+                     part.first_row, part.first_row + part.rows, params.head_dim_v);
+      ptx::cp_async_commit();
+      ptx::cp_async_wait<0>();
+      sync();
+    }
+    float* lse_gmem =
+        params.lse + (static_cast<int64_t>(part.batch) * params.heads + part.head) * params.seq_q;
+    float* row_lse_gmem[kLaneRows];
+#pragma unroll
+    for (int i = 0; i < kLaneRows; ++i) {
+      const int row = warp_row + Config::Output::row(i);
+      const int token = branch.queries.position(part.group, part.first_row + row);
+      row_lse_gmem[i] = row < part.rows ? lse_gmem + token : nullptr;
+    }
+    finish_rows<T>(out, out_smem, softmax, row_lse_gmem, params.merge);
+    sync();
+    for_each_row<Config::kWarpgroupQueries>(branch.queries, part.group, part.first_row, part.rows,
+                                            [&](int row, int64_t token, bool exists) {
+                                              store_row(out_smem, row,
+                                                        out_gmem + token * params.out.row_stride,
+                                                        params.head_dim_v, exists);
+                                            });
+    ptx::fence_async_proxy();  // between these stores and the next queries
+    query_place.arrive_empty(smem.query_ring);
+    query_place.advance();
+  }
+}
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
+    forward_kernel(const __grid_constant__ ForwardParams params,
+                   const __grid_constant__ QueryTiles tiles,
+                   const __grid_constant__ ForwardMaps maps) {
+  extern __shared__ __align__(1024) char shared_memory[];
+  auto& smem = *reinterpret_cast<typename Config::SharedMemory*>(shared_memory);
+  if (threadIdx.x == 0) {
+    constexpr int kWarps = 4 * Config::kConsumers;
+    smem.query_ring.init(2 * 128, kWarps);  // of each lane: its copies, its interval
+    smem.k_ring.init(128, kWarps);
+    smem.v_ring.init(128, kWarps);
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
+  if (warpgroup == 0) {
+    ptx::give_registers<Config::kLoadRegisters>();
+    load<Config>(smem, params, tiles, maps);
+  } else {
+    ptx::take_registers<Config::kComputeRegisters>();
+    compute<Config>(smem, params, warpgroup - 1);
+  }
+}
+
+}  // namespace sparse_attn::sm90::forward

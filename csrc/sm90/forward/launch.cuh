@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "sm90/forward/kernel.cuh"
+#include "sm90/forward/launch.h"
+#include "sm90/launch_staying.cuh"
+
+namespace sparse_attn::sm90::forward {
+
+template <class T, int kHeadDim, int kHeadDimV, Reach kReach>
+void launch_reach(const ForwardParams& params) {
+  using Config = Config<T, kHeadDim, kHeadDimV, kReach>;
+  const Branch& branch = params.branch;
+  // Tiles that end with a block must not show the keys after it, which maybe no query attends.
+  const bool usable = branch.blocks.rows == nullptr;
+  ForwardMaps maps;
+  maps.q = ViewMap::of(params.q, branch.queries, params.head_dim, params.heads, params.batch,
+                       Config::kWarpgroupQueries, params.element, true);
+  for (int i = 0; i < branch.segment_count; ++i) {
+    const SequenceView& view = branch.segments[i].keys;
+    maps.k[i] = ViewMap::of(params.k, view, params.head_dim, params.kv_heads, params.batch,
+                            Config::kTileKeys, params.element, usable);
+    maps.v[i] = ViewMap::of(params.v, view, params.head_dim_v, params.kv_heads, params.batch,
+                            Config::kTileKeys, params.element, usable);
+  }
+  launch_staying<Config>(
+      forward_kernel<Config>, params,
+      QueryTiles::of(branch, Config::kTileQueries, params.first_head, params.head_count,
+                     params.batch, Config::kMany ? Order::by_length : Order::by_head),
+      maps);
+}
+
+template <class T, int kHeadDim, int kHeadDimV>
+void launch(const ForwardParams& params) {
+  if (reach_of(params.branch) == Reach::many) {
+    launch_reach<T, kHeadDim, kHeadDimV, Reach::many>(params);
+  } else {
+    launch_reach<T, kHeadDim, kHeadDimV, Reach::few>(params);
+  }
+}
+
+}  // namespace sparse_attn::sm90::forward

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+// Rows of a strided view on their way to shared memory, copied by the 128 threads of a warpgroup.
+#pragma once
+
+#include "attention/tile_copy.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/tma.cuh"
+#include "sm90/view_map.h"
+
+namespace sparse_attn::sm90 {
+
+constexpr int kRowsAtOnce = 16;  // eight threads share a row
+
+// f(row of the tile, its token, whether it exists) for this thread's rows of a tile of kRows, of
+// which `rows` exist.
+template <int kRows, class F>
+__device__ __forceinline__ void for_each_row(const SequenceView& view, int group, int first_row,
+                                             int rows, F f) {
+#pragma unroll 2
+  for (int i = 0; i < kRows; i += kRowsAtOnce) {
+    const int row = i + threadIdx.x % 128 / 8;
+    f(row, view.position(group, first_row + row), row < rows);
+  }
+}
+
+// Starts copying this thread's part of a row; zeros past head_dim, and where there is no row.
+template <class T, class Tile>
+__device__ __forceinline__ void load_row(Tile& tile_smem, int row, const T* row_gmem, int head_dim,
+                                         bool exists) {
+  const int thread_vector = threadIdx.x % 8;
+#pragma unroll
+  for (int vector = thread_vector; vector < thread_vector + Tile::kVectors; vector += 8) {
+    ptx::cp_async_16(tile_smem.at(row, vector), row_gmem + vector * 8,
+                     exists && vector * 8 < head_dim);
+  }
+}
+
+// Where the rows of a head come from.
+template <class T>
+struct Rows {
+  const ViewMap& map;
+  const SequenceView& view;
+  const T* gmem;  // of the head
+  int row_stride;
+  int head_dim;
+  int head;
+  int batch;
+
+  __device__ __forceinline__ Rows(const ViewMap& map, const SequenceView& view,
+                                  const TensorView& tensor, int head_dim, int batch, int head)
+      : map(map),
+        view(view),
+        gmem(head_gmem<const T>(tensor, batch, head)),
+        row_stride(tensor.row_stride),
+        head_dim(head_dim),
+        head(head),
+        batch(batch) {}
+
+  // Starts copying rows [first_row, end_row) of a group into a tile, zeros where there is no row;
+  // with the map if it holds them. `full` completes after every thread's cp_async_arrive.
+  template <class Tile>
+  __device__ __forceinline__ void load(Tile& tile_smem, uint64_t& full, int group, int first_row,
+                                       int end_row) const {
+    if (map.holds(first_row, end_row)) {
+      if (threadIdx.x % 128 != 0) return;
+      ptx::mbarrier_expect(full, sizeof(tile_smem.elements));
+#pragma unroll
+      for (int panel = 0; panel < Tile::kColumns / 64; ++panel) {
+        ptx::tma_load(tile_smem.elements + panel * Tile::kPanelElements, map.map, panel * 64,
+                      group * map.group_step + first_row % map.run, first_row / map.run, head,
+                      batch, full);
+      }
+    } else {
+      for_each_row<Tile::kRows>(
+          view, group, first_row, end_row - first_row, [&](int row, int64_t token, bool exists) {
+            load_row(tile_smem, row, gmem + token * row_stride, head_dim, exists);
+          });
+    }
+  }
+};
+
+// Stores this thread's part of a row.
+template <class T, class Tile>
+__device__ __forceinline__ void store_row(Tile& tile_smem, int row, T* row_gmem, int head_dim,
+                                          bool exists) {
+  const int thread_vector = threadIdx.x % 8;
+#pragma unroll
+  for (int vector = thread_vector; vector < thread_vector + Tile::kVectors; vector += 8) {
+    if (exists && vector * 8 < head_dim) {
+      *reinterpret_cast<uint4*>(row_gmem + vector * 8) =
+          *reinterpret_cast<const uint4*>(tile_smem.at(row, vector));
+    }
+  }
+}
+
+}  // namespace sparse_attn::sm90

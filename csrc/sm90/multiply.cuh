@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products of tiles with wgmma: 64 rows of a warpgroup, 16 of each warp.
+#pragma once
+
+#include "attention/shared_tile.cuh"
+#include "ptx/mma_sync.cuh"
+#include "ptx/wgmma.cuh"
+
+namespace sparse_attn::sm90 {
+
+constexpr int kSwizzleGroupBytes = 8 * 128;  // eight rows of a panel of 64 columns
+
+// Starts product = a b^T, for all rows of two tiles.
+template <class T, class Product, class TileA, class TileB>
+__device__ __forceinline__ void start_multiply_transposed(Product& product, const TileA& a_smem,
+                                                          const TileB& b_smem) {
+  static_assert(TileA::kRows == 64 && TileB::kRows == Product::kColumns);
+  static_assert(TileA::kColumns == TileB::kColumns && TileA::kColumns % 64 == 0);
+  const uint64_t a = ptx::wgmma_operand(a_smem.elements, kSwizzleGroupBytes, 0);
+  const uint64_t b = ptx::wgmma_operand(b_smem.elements, kSwizzleGroupBytes, 0);
+#pragma unroll
+  for (int column = 0; column < TileA::kColumns; column += 16) {
+    const auto bytes = [column](int panel_elements) {
+      return (column / 64 * panel_elements + column % 64) * int{sizeof(T)};
+    };
+    ptx::wgmma_transposed<T>(product, ptx::moved(a, bytes(TileA::kPanelElements)),
+                             ptx::moved(b, bytes(TileB::kPanelElements)), column > 0);
+  }
+  ptx::wgmma_commit();
+}
+
+// A register tile rounded to T, as the left operand of a product.
+template <class T, class Tile>
+struct Rounded {
+  uint32_t at[Tile::kColumns / 16][4];
+
+  Rounded() = default;
+  __device__ __forceinline__ explicit Rounded(const Tile& tile) { round(tile); }
+
+  __device__ __forceinline__ void round(const Tile& tile) {
+    static_assert(Tile::kRows == 16);
+#pragma unroll
+    for (int i = 0; i < Tile::kColumns / 16; ++i) {
+      const float (&low)[4] = tile.at[0][2 * i], (&high)[4] = tile.at[0][2 * i + 1];
+      at[i][0] = ptx::pack<T>(low[0], low[1]);
+      at[i][1] = ptx::pack<T>(low[2], low[3]);
+      at[i][2] = ptx::pack<T>(high[0], high[1]);
+      at[i][3] = ptx::pack<T>(high[2], high[3]);
+    }
+  }
+};
+
+// Starts sum += a b.
+template <class T, class Sum, class TileA, class TileB>
+__device__ __forceinline__ void start_multiply_add(Sum& sum, const Rounded<T, TileA>& a,
+                                                   const TileB& b_smem) {
+  static_assert(TileB::kRows == TileA::kColumns && TileB::kColumns == Sum::kColumns);
+  const uint64_t b = ptx::wgmma_operand(b_smem.elements, kSwizzleGroupBytes,
+                                        TileB::kPanelElements * int{sizeof(T)});
+#pragma unroll
+  for (int i = 0; i < TileA::kColumns / 16; ++i) {  // 16 rows of b
+    ptx::wgmma_add<T>(sum, a.at[i], ptx::moved(b, i * 16 * 64 * int{sizeof(T)}));
+  }
+  ptx::wgmma_commit();
+}
+
+}  // namespace sparse_attn::sm90

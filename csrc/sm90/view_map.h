@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+// A view of a tensor as the tensor memory accelerator reads it.
+#pragma once
+
+#include <cuda.h>
+
+#include "params.h"
+
+namespace sparse_attn::sm90 {
+
+// Tiles of some rows and 64 columns, in the layout of SharedTile. The map has the dimensions
+// (column, place in a run, run, head, batch); runs are those of the view, or the whole sequence
+// where rows are neighbours.
+struct ViewMap {
+  CUtensorMap map;
+  Divisor run;
+  Divisor first;   // tiles start on a multiple of it
+  int group_step;  // places between groups
+  int rows;        // of every group that whole tiles may hold; 0: the map is not to be used
+
+  HOST_DEVICE bool holds(int first_row, int end_row) const {
+    return end_row <= rows && first_row % first == 0;
+  }
+
+  // No rows where a view is none of the kinds above, or `usable` is false.
+  static ViewMap of(const TensorView& tensor, const SequenceView& view, int head_dim, int heads,
+                    int batch, int tile_rows, Element element, bool usable);
+};
+
+}  // namespace sparse_attn::sm90
