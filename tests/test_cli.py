@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -14,7 +17,10 @@ from matplotlib.image import imread
 
 import sparse_attn as sa
 from sparse_attn.cli import main
-from sparse_attn.train import baselines, checkpoint, corpus, demo
+from sparse_attn.data import load, prepare
+from sparse_attn.model import SparseTransformer, SparseTransformerConfig
+from sparse_attn.train import Trainer, baselines, checkpoint, corpus, demo, evaluate
+from sparse_attn.train.presets import PRESETS
 
 Output = pytest.CaptureFixture[str]
 
@@ -60,6 +66,43 @@ class TestTrain:
         assert saved.progress["step"] == 3
         assert saved.progress["training"]["learning_rate"] == 0.01
         assert saved.config["context"] == 128
+
+    def test_options_are_kept(self, data: Path, tmp_path: Path) -> None:
+        argv = ["train", str(data), "--out", str(tmp_path / "run"), "--context", "96"]
+        argv += ["--steps", "2", "--batch", "5", "--accumulation", "3", "--ema", "0.5"]
+        argv += ["--warmup", "7", "--precision", "bf16", "--seed", "3"]
+        assert main(argv) == 0
+        saved = checkpoint.load(tmp_path / "run" / "checkpoint.safetensors")
+        wanted = {"batch": 5, "accumulation": 3, "ema": 0.5, "warmup": 7, "precision": "bf16"}
+        for name, value in {**wanted, "seed": 3, "compile": False}.items():
+            assert saved.progress["training"][name] == value
+
+    def test_every_preset_by_name(self, data: Path, tmp_path: Path, capsys: Output) -> None:
+        for name in PRESETS:
+            if name == "demo":
+                continue
+            argv = ["train", str(data), "--out", str(tmp_path / "run"), "--preset", name]
+            argv += ["--batch", "1", "--accumulation", "1", "--context", "100000000"]
+            message = "position_shape" if name in ("cifar10", "imagenet64") else "one context is"
+            assert_one_line_error(argv, capsys, message)
+
+    def test_prepared_data_and_tensorboard(
+        self, data: Path, tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        prepare("bytes", data, tmp_path / "prepared")
+        argv = [*train(tmp_path / "prepared", tmp_path / "run"), "--steps", "2", "--tensorboard"]
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "torch.utils.tensorboard", None)
+            assert_one_line_error(argv, capsys, "pip install tensorboard")
+        assert not (tmp_path / "run").exists()
+        stub = ModuleType("torch.utils.tensorboard")
+        board = MagicMock()
+        stub.SummaryWriter = board  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, stub.__name__, stub)
+        assert main(argv) == 0
+        board.assert_called_once_with(str(tmp_path / "run" / "tensorboard"), purge_step=1)
+        board().close.assert_called_once()
+        assert f"{tmp_path / 'prepared'}, validation: " in capsys.readouterr().out
 
     def test_interrupted_and_resumed_equals_uninterrupted(
         self, data: Path, tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
@@ -117,16 +160,87 @@ class TestTrain:
 
 def interrupt_at(step: int, patch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in the middle of a step, with a checkpoint after every step before it."""
-    from sparse_attn.train import loop
+    batch: Callable[[Trainer, int, float], torch.Tensor] = Trainer.batch
 
-    batch: Callable[[loop.Trainer, int, float], torch.Tensor] = loop.Trainer.batch
-
-    def interrupted(trainer: loop.Trainer, number: int, done: float) -> torch.Tensor:
+    def interrupted(trainer: Trainer, number: int, done: float) -> torch.Tensor:
         if number == step:
             raise KeyboardInterrupt
         return batch(trainer, number, done)
 
-    patch.setattr(loop.Trainer, "batch", interrupted)
+    patch.setattr(Trainer, "batch", interrupted)
+
+
+class TestEvaluate:
+    def test_scores_for_every_min_context(
+        self, data: Path, trained: Path, tmp_path: Path, capsys: Output
+    ) -> None:
+        capsys.readouterr()
+        argv = ["evaluate", str(trained), str(data), "--min-context", "0,50,127", "--bytes", "500"]
+        assert main([*argv, "--precision", "fp32"]) == 0
+        printed = capsys.readouterr().out.splitlines()
+        assert printed[0] == f"{trained}, step 3"
+        assert printed[1] == f"{data}, validation: 500 bytes, each once"
+        saved = checkpoint.load(trained)
+        model = SparseTransformer(SparseTransformerConfig.from_dict(saved.config))
+        model.load_state_dict(saved.group("average"))
+        values = corpus.load_corpus(data).split("validation")[:500]
+        for line, least in zip(printed[2:], (0, 50, 127), strict=True):
+            score = evaluate(model, values, 1, least)
+            assert line == (
+                f"given the {least} or more before it: {score.bits:.4f} bits per byte, "
+                f"standard error {score.standard_error:.4f}"
+            )
+
+    def test_whole_split_given_half_the_context(
+        self, data: Path, trained: Path, capsys: Output
+    ) -> None:
+        prepare("bytes", data, data.with_name("prepared"))
+        capsys.readouterr()
+        argv = ["evaluate", str(trained), str(data.with_name("prepared")), "--split", "train"]
+        assert main(argv) == 0
+        printed = capsys.readouterr().out
+        length = len(load(data.with_name("prepared")).train)
+        assert f"train: {length:,} bytes" in printed
+        assert "given the 64 or more before it: " in printed
+
+    def test_images(
+        self, tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch, seed: int
+    ) -> None:
+        images = np.random.default_rng(seed).integers(0, 256, (9, 3, 5, 3), np.uint8)
+        source = SimpleNamespace(
+            name="pictures",
+            digest="of noise",
+            example=(3, 5, 3),
+            split=lambda name: images.reshape(-1),
+            batch=lambda seed, step, count, length: images[:count].reshape(count, length),
+        )
+        monkeypatch.setattr("sparse_attn.train.open_source", lambda path: source)
+        out = tmp_path / "run"
+        argv = ["train", "pictures", "--out", str(out), "--context", "45", "--steps", "1"]
+        assert main(argv) == 0
+        assert "bits per dimension" in capsys.readouterr().out
+        evaluate = ["evaluate", str(out / "checkpoint.safetensors"), "pictures"]
+        assert main([*evaluate, "--split", "test", "--bytes", "200", "--batch", "3"]) == 0
+        printed = capsys.readouterr().out.splitlines()
+        assert printed[1] == "pictures, test: 180 bytes, each once"
+        assert re.fullmatch(r"\d\.\d{4} bits per dimension, standard error \d\.\d{4}", printed[2])
+        assert_one_line_error([*evaluate, "--min-context", "5"], capsys, "scored whole")
+        assert_one_line_error([*evaluate, "--bytes", "44"], capsys, "limit is 44, wanted 45")
+        source.example = (5, 5, 3)
+        assert_one_line_error(evaluate, capsys, "examples of 75 values", "is 45")
+
+    def test_errors(self, data: Path, trained: Path, tmp_path: Path, capsys: Output) -> None:
+        evaluate = ["evaluate", str(trained), str(data)]
+        assert_one_line_error([*evaluate, "--split", "test"], capsys, "no test part")
+        assert_one_line_error([*evaluate, "--min-context", "128"], capsys, "wanted 0 to 127")
+        assert_one_line_error([*evaluate, "--bytes", "0"], capsys, "limit is 0, wanted 1 or more")
+        assert_one_line_error([*evaluate, "--batch", "0"], capsys, "batch is 0")
+        absent = str(tmp_path / "no")
+        assert_one_line_error(["evaluate", absent, str(data)], capsys, "no checkpoint at")
+        assert_one_line_error(["evaluate", str(trained), absent], capsys, "no data at")
+        with pytest.raises(SystemExit):
+            main([*evaluate, "--min-context", "1,x"])
+        assert "wanted numbers such as 6144,9216, got '1,x'" in capsys.readouterr().err
 
 
 class TestSample:

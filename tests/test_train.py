@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import lzma
 import math
 import os
+import re
 import resource
 import sys
 import sysconfig
@@ -14,16 +16,31 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from rich.console import Console
 
-from sparse_attn.model import SparseTransformerConfig
-from sparse_attn.train import baselines, checkpoint, corpus, loop
+from sparse_attn.data import prepare
+from sparse_attn.model import SparseTransformer, SparseTransformerConfig
+from sparse_attn.train import (
+    Trainer,
+    TrainingConfig,
+    baselines,
+    checkpoint,
+    corpus,
+    evaluate,
+    loop,
+    report,
+    source,
+)
 from sparse_attn.train.checkpoint import Checkpoint, CheckpointError
 from sparse_attn.train.corpus import Corpus
+from sparse_attn.train.presets import PRESETS, preset
 
 MODEL = SparseTransformerConfig(
     vocab=256,
@@ -37,7 +54,7 @@ MODEL = SparseTransformerConfig(
     initialisation="paper",
     recompute=False,
 )
-TRAINING = loop.TrainingConfig(steps=12, batch=2, learning_rate=3e-3, warmup=3)
+TRAINING = TrainingConfig(steps=12, batch=2, learning_rate=3e-3, warmup=3)
 
 
 @pytest.fixture
@@ -316,7 +333,91 @@ class TestCheckpoint:
             checkpoint.load(tmp_path)
 
 
-def weights(trainer: loop.Trainer) -> dict[str, torch.Tensor]:
+class Pictures:
+    """Independent images of bytes as a source: (count, height, width, 3)."""
+
+    name, digest = "pictures", "of noise"
+
+    def __init__(self, images: NDArray[np.uint8]) -> None:
+        self.images = images
+        self.example: tuple[int, ...] = images.shape[1:]
+
+    def split(self, name: str) -> NDArray[np.uint8]:
+        return self.images.reshape(-1)
+
+    def batch(self, seed: int, step: int, count: int, length: int) -> NDArray[np.uint8]:
+        assert length == math.prod(self.example)
+        chosen = np.random.default_rng([seed, step]).integers(0, len(self.images), count)
+        return self.images[chosen].reshape(count, length)
+
+
+class TestSource:
+    @pytest.fixture
+    def pictures(self, random: np.random.Generator) -> Pictures:
+        return Pictures(random.integers(0, 256, (5, 3, 4, 3), np.uint8))
+
+    def test_corpus_windows_depend_on_the_arguments_alone(
+        self, random: np.random.Generator
+    ) -> None:
+        text = text_corpus(random)
+        batch = text.batch(7, 11, 3, 29)
+        assert batch.shape == (3, 29)
+        start = np.random.default_rng([7, 11]).integers(0, len(text.train) - 28, 3)
+        assert [bytes(row) for row in batch] == [text.train[i : i + 29] for i in start]
+        assert (text.batch(7, 11, 3, 29) == batch).all()
+        assert (text.batch(7, 12, 3, 29) != batch).any()
+
+    def test_corpus_splits(self, random: np.random.Generator) -> None:
+        text = text_corpus(random)
+        assert bytes(text.split("train")) == text.train
+        assert bytes(text.split("validation")) == text.validation
+        with pytest.raises(ValueError, match="words has no test part"):
+            text.split("test")
+
+    def test_prepared_folder(self, tmp_path: Path, random: np.random.Generator) -> None:
+        (tmp_path / "file").write_bytes(random.bytes(5000))
+        dataset = prepare("bytes", tmp_path / "file", tmp_path / "data")
+        opened = source.open_source(tmp_path / "data")
+        assert (opened.name, opened.digest) == (str(tmp_path / "data"), dataset.digest)
+        assert opened.example is None
+        assert source.unit(opened) == "bits per byte"
+        for name in ("train", "validation"):
+            assert bytes(opened.split(name)) == bytes(getattr(dataset, name).values)
+        assert (opened.batch(3, 5, 2, 31) == dataset.train.batch(3, 5, 2, 31)).all()
+        trainer = Trainer(MODEL, TRAINING, opened)
+        assert bytes(trainer.batch(2, 0.0)[1].tolist()) in bytes(opened.split("train"))
+        with pytest.raises(ValueError, match="data has nothing in its test part"):
+            opened.split("test")
+        assert isinstance(source.open_source(tmp_path / "file"), Corpus)
+
+    def test_limit_keeps_whole_examples(self, pictures: Pictures) -> None:
+        assert len(source.first_values(pictures, "test", None)) == 180
+        assert len(source.first_values(pictures, "test", 107)) == 72
+        with pytest.raises(ValueError, match="limit is 35, wanted 36 or more"):
+            source.first_values(pictures, "test", 35)
+
+    def test_examples_are_never_cut(self, pictures: Pictures) -> None:
+        training = replace(TRAINING, short_share=0.5, short_window=9)
+        trainer = Trainer(replace(MODEL, context=36), training, pictures)
+        assert trainer.batch(0, 0.0).shape == (2, 36)
+        assert source.unit(pictures) == "bits per dimension"
+
+    def test_model_that_does_not_fit(self, pictures: Pictures) -> None:
+        with pytest.raises(ValueError, match=r"36 values \(3, 4, 3\), the context .* is 64"):
+            Trainer(MODEL, TRAINING, pictures)
+        model = replace(MODEL, context=36, positions="data", position_shape=(4, 3, 3))
+        with pytest.raises(ValueError, match=r"shape \(3, 4, 3\), the position_shape .* \(4, 3, 3"):
+            Trainer(model, TRAINING, pictures)
+        with pytest.raises(ValueError, match="vocab is 255, wanted 256 or more"):
+            Trainer(replace(MODEL, vocab=255), TRAINING, pictures)
+
+
+def break_weights(trainer: Trainer) -> None:
+    with torch.no_grad():
+        trainer.model.final_norm.weight.fill_(math.nan)
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in trainer.model.state_dict().items()}
 
 
@@ -329,18 +430,21 @@ def assert_same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) 
 class TestTrainer:
     def test_same_seed_same_losses(self, random: np.random.Generator) -> None:
         data = text_corpus(random)
-        first = loop.Trainer(MODEL, TRAINING, data)
+        first = Trainer(MODEL, TRAINING, data)
         first_losses = [first.step() for _ in range(6)]
-        second = loop.Trainer(MODEL, TRAINING, data)
+        second = Trainer(MODEL, TRAINING, data)
         assert [second.step() for _ in range(6)] == first_losses
-        other = loop.Trainer(MODEL, replace(TRAINING, seed=1), data)
+        other = Trainer(MODEL, replace(TRAINING, seed=1), data)
         assert [other.step() for _ in range(6)] != first_losses
 
+    @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
     def test_resumed_run_equals_an_uninterrupted_one(
-        self, random: np.random.Generator, tmp_path: Path
+        self, random: np.random.Generator, tmp_path: Path, precision: str
     ) -> None:
         data = text_corpus(random)
-        whole = loop.Trainer(MODEL, TRAINING, data)
+        training = replace(TRAINING, precision=precision, accumulation=2, short_share=0.5)
+        whole = Trainer(MODEL, training, data)
+        whole.scaler.load_state_dict({**whole.scaler.state_dict(), "growth_interval": 4})
         whole.validations.append((5, 1.5))
         for _ in range(5):
             whole.step()
@@ -348,15 +452,17 @@ class TestTrainer:
         for _ in range(5):
             whole.step()
 
-        resumed = loop.Trainer(MODEL, TRAINING, data)
+        resumed = Trainer(MODEL, training, data)
         resumed.step()
         resumed.restore(checkpoint.load(tmp_path / "c"))
         assert resumed.step_number == 5
         for _ in range(5):
             resumed.step()
         assert resumed.losses == whole.losses
+        assert resumed.scaler.state_dict() == whole.scaler.state_dict()
         assert resumed.validations == whole.validations
         assert_same_weights(weights(resumed), weights(whole))
+        assert_same_weights(resumed.averaged.state_dict(), whole.averaged.state_dict())
 
     @pytest.mark.parametrize(
         ("model", "training", "data", "message"),
@@ -365,9 +471,10 @@ class TestTrainer:
             ({"context": 32}, {}, {}, "another model: context is 64, wanted 32"),
             ({}, {"learning_rate": 1e-3}, {}, "learning_rate is 0.003, wanted 0.001"),
             ({}, {"seed": 9}, {}, "another training run: seed is 0, wanted 9"),
-            ({}, {}, {"train": b"x" * 100}, "another text: digest"),
+            ({}, {"ema": 0.0}, {}, r"another training run: ema is 0\.999, wanted 0\.0"),
+            ({}, {}, {"train": b"x" * 100}, "another data set: digest"),
         ],
-        ids=["layers", "context", "learning-rate", "seed", "text"],
+        ids=["layers", "context", "learning-rate", "seed", "ema", "data"],
     )
     def test_restore_refuses_another_run(
         self,
@@ -379,27 +486,28 @@ class TestTrainer:
         message: str,
     ) -> None:
         text = text_corpus(random)
-        trainer = loop.Trainer(MODEL, TRAINING, text)
+        trainer = Trainer(MODEL, TRAINING, text)
         trainer.save(tmp_path / "c")
-        other = loop.Trainer(
+        other = Trainer(
             replace(MODEL, **model), replace(TRAINING, **training), replace(text, **data)
         )
         with pytest.raises(CheckpointError, match=message) as caught:
             other.restore(checkpoint.load(tmp_path / "c"))
         assert str(tmp_path / "c") in str(caught.value)
 
+    @pytest.mark.parametrize("group", ["model", "average"])
     def test_weights_of_another_shape_are_refused(
-        self, random: np.random.Generator, tmp_path: Path
+        self, random: np.random.Generator, tmp_path: Path, group: str
     ) -> None:
-        trainer = loop.Trainer(MODEL, TRAINING, text_corpus(random))
+        trainer = Trainer(MODEL, TRAINING, text_corpus(random))
         trainer.save(tmp_path / "c")
         saved = checkpoint.load(tmp_path / "c")
-        saved.tensors["model.start"] = torch.zeros(33)
+        saved.tensors[f"{group}.start"] = torch.zeros(33)
         with pytest.raises(CheckpointError, match=r"start is \(33,\), wanted \(32,\)"):
-            checkpoint.load_weights(saved, trainer.model)
-        del saved.tensors["model.start"]
+            checkpoint.load_weights(saved, trainer.model, group)
+        del saved.tensors[f"{group}.start"]
         with pytest.raises(CheckpointError, match=r"start is None, wanted \(32,\)"):
-            checkpoint.load_weights(saved, trainer.model)
+            checkpoint.load_weights(saved, trainer.model, group)
 
     @pytest.mark.filterwarnings("ignore:sparse_attn runs on the torch backend")
     @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -407,17 +515,17 @@ class TestTrainer:
         training = replace(
             TRAINING, steps=40, batch=2, learning_rate=1e-2, precision=precision, warmup=5
         )
-        trainer = loop.Trainer(replace(MODEL, dropout=0.0), training, text_corpus(random), device)
+        trainer = Trainer(replace(MODEL, dropout=0.0), training, text_corpus(random), device)
         for _ in range(training.steps):
             trainer.step()
         assert trainer.losses[0] == pytest.approx(8, abs=0.01)  # logits start at zero
-        assert trainer.validate(trainer.corpus.validation) < 3
+        assert trainer.validate().bits < 3
 
     def test_overflow_skips_the_step_and_halves_the_scale(
         self, random: np.random.Generator
     ) -> None:
         training = replace(TRAINING, precision="fp16")
-        trainer = loop.Trainer(MODEL, training, text_corpus(random))
+        trainer = Trainer(MODEL, training, text_corpus(random))
         trainer.step()
         before = weights(trainer)
         trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**60})
@@ -425,42 +533,184 @@ class TestTrainer:
         assert_same_weights(weights(trainer), before)
         assert trainer.scaler.get_scale() == 2.0**59
 
-    def test_loss_that_is_not_finite_stops(self, random: np.random.Generator) -> None:
-        trainer = loop.Trainer(MODEL, TRAINING, text_corpus(random))
-        with torch.no_grad():
-            trainer.model.final_norm.weight.fill_(math.nan)
-        with pytest.raises(FloatingPointError, match="the loss is nan at step 0"):
+    def test_fp16_stops_when_no_loss_scale_helps(self, random: np.random.Generator) -> None:
+        trainer = Trainer(MODEL, replace(TRAINING, precision="fp16"), text_corpus(random))
+        trainer.step()
+        break_weights(trainer)
+        before = weights(trainer)
+        for skipped in range(1, 17):  # 2^16 to 1
+            assert math.isnan(trainer.step())
+            assert trainer.scaler.get_scale() == 2.0 ** (16 - skipped)
+        with pytest.raises(FloatingPointError, match="overflow fp16 at step 17 however small"):
+            trainer.step()
+        for name, value in weights(trainer).items():
+            torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
+
+    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    def test_loss_that_is_not_finite_stops(
+        self, random: np.random.Generator, precision: str
+    ) -> None:
+        trainer = Trainer(MODEL, replace(TRAINING, precision=precision), text_corpus(random))
+        break_weights(trainer)
+        with pytest.raises(FloatingPointError, match=r"the loss is nan at step 0: try a smaller"):
             trainer.step()
 
+    def test_gradient_that_is_not_finite_stops_and_changes_nothing(
+        self, random: np.random.Generator
+    ) -> None:
+        data = text_corpus(random)
+        untroubled = Trainer(MODEL, TRAINING, data)
+        untroubled.step()
+        trainer = Trainer(MODEL, TRAINING, data)
+        before, state = weights(trainer), torch.get_rng_state()
+        spike = trainer.model.start.register_hook(lambda gradient: gradient * math.inf)
+        with pytest.raises(FloatingPointError, match=r"gradient norm is (inf|nan) at step 0: try"):
+            trainer.step()
+        assert_same_weights(weights(trainer), before)
+        spike.remove()
+        torch.set_rng_state(state)
+        trainer.step()
+        assert trainer.losses == untroubled.losses
+        assert_same_weights(weights(trainer), weights(untroubled))
+        assert_same_weights(trainer.averaged.state_dict(), untroubled.averaged.state_dict())
+
+    def test_weights_that_are_not_finite_are_not_saved(
+        self, random: np.random.Generator, tmp_path: Path
+    ) -> None:
+        trainer = Trainer(MODEL, TRAINING, text_corpus(random))
+        trainer.save(tmp_path / "c")
+        before = (tmp_path / "c").read_bytes()
+        break_weights(trainer)
+        with pytest.raises(FloatingPointError, match="not finite after 0 steps: not written"):
+            trainer.save(tmp_path / "c")
+        assert (tmp_path / "c").read_bytes() == before
+
+    def test_average_follows_the_weights(self, random: np.random.Generator) -> None:
+        trainer = Trainer(MODEL, replace(TRAINING, ema=0.3), text_corpus(random))
+        wanted = {k: v.double() for k, v in weights(trainer).items()}
+        for step in range(1, 7):
+            trainer.step()
+            decay = min(0.3, (1 + step) / (10 + step))
+            for name, value in weights(trainer).items():
+                wanted[name] = decay * wanted[name] + (1 - decay) * value.double()
+        for name, value in trainer.averaged.state_dict().items():
+            torch.testing.assert_close(value, wanted[name].float())
+        assert trainer.training.ema_decay_at(1) < 0.3 == trainer.training.ema_decay_at(6)
+
+    def test_average_is_what_is_validated_and_loaded(
+        self, random: np.random.Generator, tmp_path: Path
+    ) -> None:
+        trainer = Trainer(MODEL, TRAINING, text_corpus(random))
+        for _ in range(3):
+            trainer.step()
+        values = trainer.source.split("validation")
+        assert trainer.validate() == evaluate(trainer.averaged, values, 2)
+        assert trainer.validate() != evaluate(trainer.model, values, 2)
+        trainer.save(tmp_path / "c")
+        model = SparseTransformer(MODEL)
+        checkpoint.load_weights(checkpoint.load(tmp_path / "c"), model)
+        assert_same_weights(model.state_dict(), trainer.averaged.state_dict())
+
+    def test_no_average(self, random: np.random.Generator, tmp_path: Path) -> None:
+        trainer = Trainer(MODEL, replace(TRAINING, ema=0.0), text_corpus(random))
+        trainer.step()
+        assert trainer.averaged is trainer.model
+        trainer.save(tmp_path / "c")
+        saved = checkpoint.load(tmp_path / "c")
+        assert not saved.group("average")
+        model = SparseTransformer(MODEL)
+        checkpoint.load_weights(saved, model)
+        assert_same_weights(model.state_dict(), weights(trainer))
+
+    @pytest.mark.parametrize("accumulation", [2, 3, 5])
+    def test_parts_of_a_batch_give_its_gradients(
+        self, random: np.random.Generator, accumulation: int
+    ) -> None:
+        model = replace(MODEL, dropout=0.0)
+        training = replace(TRAINING, batch=5, logits_std=0.3)
+        data = text_corpus(random)
+        whole = Trainer(model, training, data)
+        parts = Trainer(model, replace(training, accumulation=accumulation), data)
+        rows = []
+        parts.model.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+        assert parts.step() == pytest.approx(whole.step(), rel=1e-6)
+        assert len(rows) == accumulation
+        assert (sum(rows), max(rows)) == (5, parts.training.part)
+        a, b = ([p.grad for p in trainer.model.parameters()] for trainer in (whole, parts))
+        for one, other in zip(a, b, strict=True):
+            assert one is not None
+            assert other is not None
+            assert (one - other).norm() < 1e-5 * one.norm()
+
+    def test_compiled_blocks_share_their_code(
+        self, random: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        graphs = []
+
+        def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+            graphs.append(graph)
+            return graph.forward
+
+        compile_module = torch.nn.Module.compile
+        monkeypatch.setattr(
+            torch.nn.Module, "compile", lambda module: compile_module(module, backend=backend)
+        )
+        model = replace(MODEL, layers=4, composition="interleaved", dropout=0.0, recompute=True)
+        data = text_corpus(random)
+        plain = Trainer(model, TRAINING, data)
+        compiled = Trainer(model, replace(TRAINING, compile=True), data)
+        plain_losses, compiled_losses = ([x.step() for _ in range(2)] for x in (plain, compiled))
+        assert compiled_losses == pytest.approx(plain_losses, rel=1e-5)
+        assert len(graphs) == 2  # near and far blocks
+        assert weights(compiled).keys() == weights(plain).keys()
+
+    def test_cifar10_depth_trains_stably(self, random: np.random.Generator) -> None:
+        model, training = preset("cifar10")
+        model = replace(model, context=48, width=16, stride=12, position_shape=(4, 4, 3))
+        training = replace(training, steps=5, batch=4, learning_rate=1e-2, warmup=3)
+        images = random.choice(np.array([10, 20, 200, 250], np.uint8), (16, 4, 4, 3))
+        trainer = Trainer(model, training, Pictures(images))
+        assert len(trainer.model.blocks) == 128
+        norms = []
+        for _ in range(training.steps):
+            trainer.step(0.0)
+            norms.append(trainer.gradient_norm)
+        assert trainer.losses == sorted(trainer.losses, reverse=True)
+        assert trainer.losses[-1] < 7.7
+        assert max(norms) < 10
+
     def test_batches_are_windows_of_the_training_text(self, random: np.random.Generator) -> None:
-        trainer = loop.Trainer(MODEL, TRAINING, text_corpus(random))
+        data = text_corpus(random)
+        trainer = Trainer(MODEL, TRAINING, data)
         for step in range(5):
             tokens = trainer.batch(step, 0.0)
             assert tokens.shape == (2, 64)
+            assert tokens.dtype == torch.int64
             for row in tokens.tolist():
-                assert bytes(row) in trainer.corpus.train
-        exact = replace(trainer.corpus, train=trainer.corpus.train[:64])
-        assert bytes(loop.Trainer(MODEL, TRAINING, exact).batch(0, 0.0)[1].tolist()) == exact.train
+                assert bytes(row) in data.train
+        exact = replace(data, train=data.train[:64])
+        assert bytes(Trainer(MODEL, TRAINING, exact).batch(0, 0.0)[1].tolist()) == exact.train
 
     def test_short_windows_at_first(self, random: np.random.Generator) -> None:
+        data = text_corpus(random)
         training = replace(TRAINING, short_share=0.5, short_window=16)
-        trainer = loop.Trainer(MODEL, training, text_corpus(random))
+        trainer = Trainer(MODEL, training, data)
         for done, shape in ((0.0, (8, 16)), (0.49, (8, 16)), (0.5, (2, 64)), (1.0, (2, 64))):
             tokens = trainer.batch(3, done)
             assert tokens.shape == shape
-            assert all(bytes(row) in trainer.corpus.train for row in tokens.tolist())
+            assert all(bytes(row) in data.train for row in tokens.tolist())
         longer = replace(training, short_window=1000)
-        assert loop.Trainer(MODEL, longer, trainer.corpus).batch(0, 0.0).shape == (2, 64)
+        assert Trainer(MODEL, longer, data).batch(0, 0.0).shape == (2, 64)
 
     def test_too_little_text(self, random: np.random.Generator) -> None:
         data = replace(text_corpus(random), train=b"x" * 63)
         with pytest.raises(ValueError, match=r"63 bytes to train on .* one context is 64 bytes"):
-            loop.Trainer(MODEL, TRAINING, data)
+            Trainer(MODEL, TRAINING, data)
         with pytest.raises(ValueError, match="leaves no bytes for validation"):
-            loop.Trainer(MODEL, TRAINING, replace(data, train=b"x" * 64, validation=b""))
+            Trainer(MODEL, TRAINING, replace(data, train=b"x" * 64, validation=b""))
 
     def test_learning_rate(self) -> None:
-        training = loop.TrainingConfig(steps=100, batch=1, learning_rate=2.0, warmup=4)
+        training = TrainingConfig(steps=100, batch=1, learning_rate=2.0, warmup=4)
         rates = [training.learning_rate_at(step, 0.0) for step in range(6)]
         assert rates == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0, 2.0])
         assert training.learning_rate_at(50, 0.5) == pytest.approx(1.0)
@@ -468,7 +718,7 @@ class TestTrainer:
         assert training.learning_rate_at(50, 1.5) == pytest.approx(0.0)
 
     def test_weight_decay_on_matrices_only(self, random: np.random.Generator) -> None:
-        trainer = loop.Trainer(MODEL, TRAINING, text_corpus(random))
+        trainer = Trainer(MODEL, TRAINING, text_corpus(random))
         decay = {
             id(p): group["weight_decay"]
             for group in trainer.optimiser.param_groups
@@ -486,6 +736,10 @@ class TestTrainer:
             ({"learning_rate": math.nan}, "learning_rate is nan"),
             ({"seed": -1}, "seed is -1, wanted 0 or more"),
             ({"short_window": 0}, "short_window is 0, wanted more than 0"),
+            ({"accumulation": 0}, "accumulation is 0, wanted more than 0"),
+            ({"accumulation": 3}, "accumulation is 3, wanted at most the batch of 2"),
+            ({"ema": 1.0}, r"ema is 1\.0, wanted 0 or more and less than 1"),
+            ({"ema": -0.1}, r"ema is -0\.1, wanted 0 or more"),
             ({"precision": "fp8"}, "precision is 'fp8', wanted one of"),
         ],
     )
@@ -494,54 +748,38 @@ class TestTrainer:
             replace(TRAINING, **changes)
 
     def test_configs_survive_json(self) -> None:
-        for name in ("demo", "enwik8"):
-            training = loop.preset(name)[1]
-            assert loop.TrainingConfig.from_dict(training.to_dict()) == training
-        with pytest.raises(ValueError, match="preset is 'cifar'"):
-            loop.preset("cifar")
+        for name in PRESETS:
+            training = preset(name)[1]
+            assert TrainingConfig.from_dict(training.to_dict()) == training
+        with pytest.raises(ValueError, match="preset is 'cifar', wanted one of demo, cifar10"):
+            preset("cifar")
 
-
-class TestBitsPerByte:
-    @pytest.mark.parametrize("min_context", [0, 20, 63])
-    @pytest.mark.parametrize("length", [1, 20, 63, 64, 65, 200, 233])
-    def test_every_byte_once_with_its_context(
-        self, random: np.random.Generator, min_context: int, length: int
+    @pytest.mark.parametrize(
+        ("name", "epochs", "train_bytes"),
+        [
+            ("cifar10", 120, 48_000 * 3072),
+            ("enwik8", 80, 90_000_000),
+            ("imagenet64", 70, 1_281_149 * 12_288),
+        ],
+    )
+    def test_presets_train_the_paper_s_epochs(
+        self, name: str, epochs: int, train_bytes: int
     ) -> None:
-        model = loop.Trainer(MODEL, TRAINING, text_corpus(random)).model.eval()
-        torch.nn.init.normal_(model.logits.weight, std=0.3)
-        text = random.bytes(length)
-        advance = MODEL.context - min_context
-        windows = defaultdict(list)
-        for i in range(length):
-            start = max(0, -(-(i + 1 - MODEL.context) // advance) * advance)
-            assert i - start >= min(i, min_context)
-            windows[start].append(i)
-        nats = 0.0
-        for start, positions in windows.items():
-            tokens = torch.tensor([list(text[start : start + MODEL.context])])
-            loss = loop.losses(model, tokens)[0].detach()
-            nats += sum(loss[i - start].item() for i in positions)
-        got = loop.bits_per_byte(model, text, batch=3, min_context=min_context)
-        assert got == pytest.approx(nats / length / math.log(2), rel=1e-5)
-
-    def test_refusals(self, random: np.random.Generator) -> None:
-        model = loop.Trainer(MODEL, TRAINING, text_corpus(random)).model
-        with pytest.raises(ValueError, match="validation text is empty"):
-            loop.bits_per_byte(model, b"", 1)
-        with pytest.raises(ValueError, match="min_context is 64, wanted 0 to 63"):
-            loop.bits_per_byte(model, b"text", 1, 64)
-        assert model.training
+        model, training = preset(name)
+        seen = training.steps * training.batch * model.context
+        assert seen == pytest.approx(epochs * train_bytes, rel=0.005)
+        assert (training.warmup, training.clip, training.weight_decay) == (5000, 1.0, 0.01)
 
 
 class TestLoop:
-    def run(self, trainer: loop.Trainer, **options: Any) -> None:
+    def run(self, trainer: Trainer, **options: Any) -> None:
         defaults = {"validate_every": 5, "validation_bytes": 100}
-        loop.train(trainer, loop.make_console(), **{**defaults, **options})
+        loop.train(trainer, report.make_console(), **{**defaults, **options})
 
     def test_validates_and_saves(
         self, random: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        trainer = loop.Trainer(MODEL, TRAINING, text_corpus(random))
+        trainer = Trainer(MODEL, TRAINING, text_corpus(random))
         saved = []
         monkeypatch.setattr(trainer, "save", lambda path: saved.append(trainer.step_number))
         self.run(trainer, save_every=4, path=tmp_path / "c")
@@ -550,7 +788,7 @@ class TestLoop:
 
     def test_loop_trains_like_single_steps(self, random: np.random.Generator) -> None:
         data = text_corpus(random)
-        looped, stepped = (loop.Trainer(MODEL, TRAINING, data) for _ in range(2))
+        looped, stepped = (Trainer(MODEL, TRAINING, data) for _ in range(2))
         torch.manual_seed(0)
         self.run(looped)
         torch.manual_seed(0)
@@ -561,8 +799,65 @@ class TestLoop:
     def test_time_guard(
         self, random: np.random.Generator, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        trainer = loop.Trainer(MODEL, TRAINING, text_corpus(random))
+        trainer = Trainer(MODEL, TRAINING, text_corpus(random))
         self.run(trainer, seconds=1e-9)
         assert trainer.step_number == 1
         assert "training stops at step 1 of 12" in capsys.readouterr().out
         assert [step for step, _ in trainer.validations] == [1]
+
+    def test_progress_line(self, random: np.random.Generator) -> None:
+        terminal = Console(file=io.StringIO(), force_terminal=True, width=200, highlight=False)
+        trainer = Trainer(MODEL, TRAINING, text_corpus(random))
+        loop.train(trainer, terminal, validate_every=5, validation_bytes=100)
+        assert isinstance(terminal.file, io.StringIO)
+        shown = terminal.file.getvalue()
+        assert re.search(r"\d\.\d{3} bits per byte, [\d,]+ tokens/s, \d\.\d GiB .*12/12", shown)
+        assert re.search(r"step +10 +training \d\.\d+ +validation \d\.\d+ bits per byte", shown)
+
+    @pytest.mark.parametrize("precision", ["fp32", "fp16"])
+    def test_tensorboard(
+        self, random: np.random.Generator, monkeypatch: pytest.MonkeyPatch, precision: str
+    ) -> None:
+        scalars: dict[str, dict[int, float]] = defaultdict(dict)
+        opened: dict[str, Any] = {}
+
+        class Writer:
+            def __init__(self, folder: str, purge_step: int) -> None:
+                opened.update(folder=folder, purge_step=purge_step)
+
+            def add_scalar(self, name: str, value: float, step: int) -> None:
+                scalars[name][step] = value
+
+        stub = ModuleType("torch.utils.tensorboard")
+        stub.SummaryWriter = Writer  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, stub.__name__, stub)
+        trainer = Trainer(MODEL, replace(TRAINING, precision=precision), text_corpus(random))
+        trainer.step()
+        self.run(trainer, board=report.open_board(Path("runs") / "board", trainer.step_number))
+        assert opened == {"folder": str(Path("runs", "board")), "purge_step": 2}
+        steps = range(2, 13)
+        assert scalars["bits/training"] == dict(zip(steps, trainer.losses[1:], strict=True))
+        assert scalars["bits/validation"] == dict(trainer.validations)
+        assert scalars["optimiser/learning rate"][12] == trainer.learning_rate > 0
+        assert all(scalars["optimiser/gradient norm"][step] > 0 for step in steps)
+        assert all(scalars["speed/tokens per second"][step] > 0 for step in steps)
+        assert all(scalars["speed/peak memory in bytes"][step] > 1e7 for step in steps)
+        assert scalars["optimiser/loss scale"] == (
+            dict.fromkeys(steps, 2.0**16) if precision == "fp16" else {}
+        )
+
+    def test_no_tensorboard(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        with pytest.raises(ImportError, match="pip install tensorboard"):
+            report.open_board(tmp_path, 0)
+
+    def test_bad_intervals(self, random: np.random.Generator) -> None:
+        trainer = Trainer(MODEL, TRAINING, text_corpus(random))
+        with pytest.raises(ValueError, match="validate_every is 0, wanted 1 or more"):
+            self.run(trainer, validate_every=0)
+        with pytest.raises(ValueError, match="save_every is -1, wanted 1 or more"):
+            self.run(trainer, save_every=-1)
+
+    def test_mean_of_last(self) -> None:
+        assert loop.mean_of_last([9.0, 1.0, math.nan, 3.0], count=3) == 2.0
+        assert math.isnan(loop.mean_of_last([math.inf]))

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a trained model is compared with: byte counts of order 0 to 3 with backoff, and xz."""
 
 import lzma

@@ -1,7 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints: one safetensors file, written whole or not at all, checked on every load.
 
-Tensors hold the model, the optimiser and random states; the metadata holds the configuration of the
-model and the progress of the run as JSON, and a digest of all of it.
+Tensors hold the model, the average of its weights, the optimiser and random states; the metadata
+holds the configuration of the model and the progress of the run as JSON, and a digest of all of it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FORMAT = "sparse_attn checkpoint 1"
+FORMAT = "sparse_attn checkpoint 2"
 
 
 class CheckpointError(ValueError):
@@ -118,9 +119,13 @@ def check_same(
         raise CheckpointError(f"{saved.path} belongs to another {what}: {'; '.join(differing)}")
 
 
-def load_weights(saved: Checkpoint, model: torch.nn.Module) -> None:
-    """Copy the weights of a checkpoint into `model`; all names and shapes must agree."""
-    weights = saved.group("model")
+def load_weights(saved: Checkpoint, model: torch.nn.Module, group: str | None = None) -> None:
+    """Copy the weights of a checkpoint into `model`; all names and shapes must agree.
+
+    `group` is "average" or "model", the weights that are trained; by default the average if the
+    checkpoint has one.
+    """
+    weights = saved.group(group or "average") or saved.group("model")
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     check_same(saved, "model", shapes, wanted)

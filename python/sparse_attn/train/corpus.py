@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Text to train on: a file, a folder, or the sources of the running Python's standard library."""
 
 import hashlib
@@ -6,7 +7,11 @@ import platform
 import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 SKIPPED_FOLDERS = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -16,7 +21,7 @@ VALIDATION_SHARE = 0.05
 
 @dataclass(frozen=True)
 class Corpus:
-    """Bytes to train on and bytes to validate on, with where they came from."""
+    """Bytes to train on and bytes to validate on, with where they came from: a `Source` of text."""
 
     name: str
     train: bytes
@@ -24,10 +29,32 @@ class Corpus:
     train_files: int
     validation_files: int
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Hash of the training bytes: a resumed run must see the same text."""
         return hashlib.blake2b(self.train, digest_size=16).hexdigest()
+
+    @property
+    def example(self) -> None:
+        """Text is one long sequence."""
+        return None
+
+    def batch(self, seed: int, step: int, count: int, length: int) -> NDArray[np.uint8]:
+        """Windows of the training text that begin anywhere: (count, length)."""
+        text = np.frombuffer(self.train, dtype=np.uint8)
+        start = np.random.default_rng([seed, step]).integers(0, len(text) - length + 1, count)
+        return text[start[:, None] + np.arange(length)]
+
+    def split(self, name: str) -> NDArray[np.uint8]:
+        """The bytes of "train" or "validation"; ValueError for others, or if there are none."""
+        parts = {"train": self.train, "validation": self.validation}
+        if name not in parts:
+            raise ValueError(
+                f"{self.name} has no {name} part: it is split in train and validation alone"
+            )
+        if not parts[name]:
+            raise ValueError(f"{self.name} leaves no bytes for {name}: give more text")
+        return np.frombuffer(parts[name], dtype=np.uint8)
 
 
 def goes_to_validation(relative_path: str, share: float = VALIDATION_SHARE) -> bool:

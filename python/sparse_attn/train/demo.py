@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sparse-attn demo`: train a small Sparse Transformer on real text and compare it honestly."""
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import plot
-from ..functional import which_backend
-from ..model.composition import layer_pattern
 from .baselines import count_model_bits, xz_bits
 from .checkpoint import import_safetensors
 from .corpus import Corpus, load_corpus, standard_library
-from .loop import PRECISIONS, Trainer, autocast, make_console, pick_device, preset, train
+from .loop import train
+from .precision import autocast, pick_device
+from .presets import preset
+from .report import describe, make_console
+from .trainer import Trainer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,6 +62,11 @@ def demo(
         training = replace(training, steps=steps)
     trainer = Trainer(config, training, corpus, device)
     out.mkdir(parents=True, exist_ok=True)
+    console.print(
+        f"text    {corpus.name}: {len(corpus.train):,} bytes ({corpus.train_files} files) to train "
+        f"on, {len(corpus.validation):,} bytes ({corpus.validation_files} files) to validate on",
+        soft_wrap=True,
+    )
     describe(trainer, console)
 
     with console.status("counting bytes and running xz"):
@@ -73,10 +81,10 @@ def demo(
     )
     min_context = trainer.model.config.context // 4
     with console.status("scoring the validation text"):
-        bits = trainer.validate(corpus.validation, min_context)
+        bits = trainer.validate(min_context=min_context).bits
     report(bits, baselines, len(corpus.validation), min_context, console)
     print_sample(trainer, console)
-    for name, figure in pictures(trainer, baselines).items():
+    for name, figure in pictures(trainer, corpus, baselines).items():
         figure.savefig(out / name)
         console.print(f"wrote {out / name}", soft_wrap=True)
     console.print(f"{time.perf_counter() - begin:.0f} seconds in all")
@@ -87,22 +95,6 @@ def demo(
         )
         return 1
     return 0
-
-
-def describe(trainer: Trainer, console: Console) -> None:
-    """Print the text, the model and what it runs on."""
-    corpus, config, training = trainer.corpus, trainer.model.config, trainer.training
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    console.print(
-        f"text    {corpus.name}: {len(corpus.train):,} bytes ({corpus.train_files} files) to train "
-        f"on, {len(corpus.validation):,} bytes ({corpus.validation_files} files) to validate on\n"
-        f"model   {config.layers} layers, {config.heads} heads, width {config.width}, context "
-        f"{config.context:,} bytes, {parameters / 1e6:.2f}M parameters\n"
-        f"pattern {pattern_spec(trainer)}\n"
-        f"device  {device_name(trainer.device)}, {training.precision}, attention backend "
-        f"{backend_name(trainer)}",
-        soft_wrap=True,
-    )
 
 
 def score_baselines(corpus: Corpus) -> dict[str, float]:
@@ -149,48 +141,26 @@ def print_sample(trainer: Trainer, console: Console) -> None:
     generator = torch.Generator(trainer.device).manual_seed(trainer.training.seed)
     length = min(SAMPLE_LENGTH, trainer.model.config.context - len(PROMPT))
     with console.status("sampling"), autocast(trainer.device, trainer.training.precision):
-        tokens = trainer.model.generate(prompt, length, temperature=0.8, generator=generator)
+        tokens = trainer.averaged.generate(prompt, length, temperature=0.8, generator=generator)
     text = bytes(tokens[0].tolist()).decode("utf-8", "replace")
     console.rule(f"a sample, after {PROMPT.decode()!r}")
     console.out(text, highlight=False)
     console.rule()
 
 
-def pictures(trainer: Trainer, baselines: Mapping[str, float]) -> dict[str, Figure]:
+def pictures(trainer: Trainer, corpus: Corpus, baselines: Mapping[str, float]) -> dict[str, Figure]:
     """The demo's figures by file name."""
     config = trainer.model.config
-    text = trainer.corpus.validation[: config.context]
+    text = corpus.validation[: config.context]
     layer = config.layers - 1
     position = len(text) * 7 // 8
     with autocast(trainer.device, trainer.training.precision):
-        attention = plot.plot_learned_attention(trainer.model, text, position, layer)
+        attention = plot.plot_learned_attention(trainer.averaged, text, position, layer)
     return {
         "loss.png": plot.plot_loss(trainer.losses, trainer.validations, baselines),
         "connectivity.png": plot.plot_connectivity(),
         "attention.png": attention,
     }
-
-
-def pattern_spec(trainer: Trainer) -> str:
-    """The pattern of the model's layers."""
-    config = trainer.model.config
-    return ", ".join(dict.fromkeys(layer_pattern(config, i).spec for i in range(config.layers)))
-
-
-def backend_name(trainer: Trainer) -> str:
-    """The backend that the model's attention runs on."""
-    config = trainer.model.config
-    shape = (1, config.heads, config.context, config.qk_width // config.heads)
-    dtype = PRECISIONS[trainer.training.precision] or torch.float32
-    q = torch.zeros(shape, dtype=dtype, device=trainer.device)
-    v = q.new_zeros((*shape[:3], config.width // config.heads))
-    return which_backend(q, q, v, layer_pattern(config, 0))
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({torch.get_num_threads()} threads)"
 
 
 def _listed(names: list[str]) -> str:
