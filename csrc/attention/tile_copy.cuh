@@ -2,6 +2,8 @@
 // Tiles between global and shared memory and registers: rows of a strided view, 16 bytes a thread.
 #pragma once
 
+#include <type_traits>
+
 #include "attention/register_tile.cuh"
 #include "attention/tiles.h"
 #include "params.h"
@@ -81,21 +83,28 @@ __device__ __forceinline__ void write_rows(OwnTile& own_smem, const Tile& tile,
                                            bool has_earlier) {
   static_assert(kLaneRows == Tile::kLaneRows && OwnTile::kColumns == Tile::kColumns);
   const int first_row = warp_row<OwnTile::kRows, Tile::kRows>();
+  const auto write = [&](auto adds) {
 #pragma unroll
-  for (int i = 0; i < kLaneRows; ++i) {
+    for (int i = 0; i < kLaneRows; ++i) {
 #pragma unroll
-    for (int j = 0; j < Tile::kColumnTiles; ++j) {
-      auto* pair_smem =
-          reinterpret_cast<uint32_t*>(own_smem.at(first_row + Tile::row(i), j)) + threadIdx.x % 4;
-      const float (&elements)[4] = tile.at[i / 2][j];
-      float2 pair = {elements[i % 2 * 2] * factor[i], elements[i % 2 * 2 + 1] * factor[i]};
-      if (has_earlier) {
-        const float2 earlier = ptx::unpack<T>(*pair_smem);
-        pair.x += earlier.x * earlier_factor[i];
-        pair.y += earlier.y * earlier_factor[i];
+      for (int j = 0; j < Tile::kColumnTiles; ++j) {
+        auto* pair_smem =
+            reinterpret_cast<uint32_t*>(own_smem.at(first_row + Tile::row(i), j)) + threadIdx.x % 4;
+        const float (&elements)[4] = tile.at[i / 2][j];
+        float2 pair = {elements[i % 2 * 2] * factor[i], elements[i % 2 * 2 + 1] * factor[i]};
+        if constexpr (decltype(adds)::value) {
+          const float2 earlier = ptx::unpack<T>(*pair_smem);
+          pair.x += earlier.x * earlier_factor[i];
+          pair.y += earlier.y * earlier_factor[i];
+        }
+        *pair_smem = ptx::pack<T>(pair.x, pair.y);
       }
-      *pair_smem = ptx::pack<T>(pair.x, pair.y);
     }
+  };
+  if (has_earlier) {
+    write(std::true_type{});
+  } else {
+    write(std::false_type{});
   }
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of a strided view on their way to shared memory, copied by the 128 threads of a warpgroup.
+// Rows of a strided view on their way to and from shared memory. Eight threads share a row.
 #pragma once
 
 #include "attention/tile_copy.cuh"
@@ -9,16 +9,14 @@
 
 namespace sparse_attn::sm90 {
 
-constexpr int kRowsAtOnce = 16;  // eight threads share a row
-
 // f(row of the tile, its token, whether it exists) for this thread's rows of a tile of kRows, of
 // which `rows` exist.
-template <int kRows, class F>
+template <int kRows, int kThreads = 128, class F>
 __device__ __forceinline__ void for_each_row(const SequenceView& view, int group, int first_row,
                                              int rows, F f) {
-#pragma unroll 2
-  for (int i = 0; i < kRows; i += kRowsAtOnce) {
-    const int row = i + threadIdx.x % 128 / 8;
+#pragma unroll(kThreads == 32 ? 1 : 2)  // a warp that loads has few registers
+  for (int i = 0; i < kRows; i += kThreads / 8) {
+    const int row = i + threadIdx.x % kThreads / 8;
     f(row, view.position(group, first_row + row), row < rows);
   }
 }
@@ -57,12 +55,13 @@ struct Rows {
         batch(batch) {}
 
   // Starts copying rows [first_row, end_row) of a group into a tile, zeros where there is no row;
-  // with the map if it holds them. `full` completes after every thread's cp_async_arrive.
-  template <class Tile>
+  // with the map if it holds them. By kThreads threads; `full` completes after the cp_async_arrive
+  // of each.
+  template <int kThreads, class Tile>
   __device__ __forceinline__ void load(Tile& tile_smem, uint64_t& full, int group, int first_row,
                                        int end_row) const {
     if (map.holds(first_row, end_row)) {
-      if (threadIdx.x % 128 != 0) return;
+      if (threadIdx.x % kThreads != 0) return;
       ptx::mbarrier_expect(full, sizeof(tile_smem.elements));
 #pragma unroll
       for (int panel = 0; panel < Tile::kColumns / 64; ++panel) {
@@ -71,7 +70,7 @@ struct Rows {
                       batch, full);
       }
     } else {
-      for_each_row<Tile::kRows>(
+      for_each_row<Tile::kRows, kThreads>(
           view, group, first_row, end_row - first_row, [&](int row, int64_t token, bool exists) {
             load_row(tile_smem, row, gmem + token * row_stride, head_dim, exists);
           });

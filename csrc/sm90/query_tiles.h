@@ -47,7 +47,7 @@ struct QueryTiles {
   // other one goes backwards: who had a long tile gets a short one.
   HOST_DEVICE int index(int round, int cta, int ctas) const {
     const bool backwards = order == Order::by_length && round % 2 == 1 && count < 16 * ctas;
-    return round * ctas + (backwards ? ctas - 1 - cta : cta);
+    return backwards ? (round + 1) * ctas - 1 - cta : round * ctas + cta;
   }
 
   HOST_DEVICE QueryTile at(int index, const SequenceView& queries) const {

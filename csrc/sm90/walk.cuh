@@ -13,7 +13,6 @@ struct KeyWalk {
   const Branch& branch;
   const QueryTile& queries;
   const Interval (&attended_smem)[kMaxSegments][kRows];  // of the queries
-  KeyTiles tokens;
   KeyTile tile;
   int end;  // of the keys in the tile's segment
 
@@ -22,8 +21,7 @@ struct KeyWalk {
       : branch(branch),
         queries(queries),
         attended_smem(attended_smem),
-        tokens(KeyTiles::of(branch, queries, queries.head, queries.head + 1)),
-        tile(tokens.last),
+        tile{queries.head, -1, 0, 0, true, false, false, false},
         end(0) {}
 
   // Whether there is another tile: then it is `tile`.
@@ -32,7 +30,7 @@ struct KeyWalk {
     tile.first_row = tile.end_row;
 #pragma unroll 1
     while (true) {
-      if (has_blocks && tile.segment >= 0) tile.first_row = tokens.next_attended(branch, tile);
+      if (has_blocks && tile.segment >= 0) tile.first_row = tokens().next_attended(branch, tile);
       if (tile.first_row < end) break;
       if (++tile.segment == branch.segment_count) return false;
       tile.first_row = attended_smem[tile.segment][0].first;
@@ -41,10 +39,15 @@ struct KeyWalk {
     tile.end_row = least(tile.first_row + kTileKeys, end);
     if (has_blocks) {
       const int size = branch.blocks.size;
-      tile.end_row = least(tile.end_row, tokens.end_of_attended(branch, tile));
-      tile.mixed = tokens.first_token / size != tokens.last_token / size;
+      tile.end_row = least(tile.end_row, tokens().end_of_attended(branch, tile));
+      tile.mixed = tokens().first_token / size != tokens().last_token / size;
     }
     return true;
+  }
+
+ private:
+  __device__ __forceinline__ KeyTiles tokens() const {
+    return KeyTiles::of(branch, queries, queries.head, queries.head + 1);
   }
 };
 

@@ -2,9 +2,9 @@
 // The Hopper forward kernel: one branch of a plan; CTAs that stay and take one tile of 128 queries
 // after another.
 //
-// One warpgroup loads: the queries of the next tile while these are computed, key and value tiles
-// into a ring. Two warpgroups compute 64 queries each with wgmma. README.md in this folder has the
-// schedule and the counts.
+// One warp loads: the queries of the next tile while these are computed, key and value tiles into
+// rings. Two or three warpgroups compute 64 queries each with wgmma. README.md in this folder has
+// the schedule and the counts.
 #pragma once
 
 #include "attention/finish_rows.cuh"
@@ -17,25 +17,9 @@
 
 namespace sparse_attn::sm90::forward {
 
-enum Barrier { kLoadBarrier = 1, kComputeBarrier };  // 0 is __syncthreads
+constexpr int kComputeBarrier = 1;  // and on; 0 is __syncthreads
 
-// The intervals of a query tile; the last query stands in for missing ones.
-template <int kRows>
-__device__ __forceinline__ void find_attended(Interval (&attended_smem)[kMaxSegments][kRows],
-                                              const Branch& branch, const QueryTile& queries) {
-#pragma unroll 1
-  for (int row = threadIdx.x % 128; row < kRows; row += 128) {
-    const int token =
-        branch.queries.position(queries.group, queries.first_row + least(row, queries.rows - 1));
-#pragma unroll 1
-    for (int segment = 0; segment < branch.segment_count; ++segment) {
-      attended_smem[segment][row] =
-          branch.segments[segment].bounds(branch.run, queries.group, token);
-    }
-  }
-}
-
-// The warpgroup that loads.
+// The warp that loads.
 template <class Config, class SharedMemory>
 __device__ __forceinline__ void load(SharedMemory& smem, const ForwardParams& params,
                                      const QueryTiles& tiles, const ForwardMaps& maps) {
@@ -53,7 +37,7 @@ __device__ __forceinline__ void load(SharedMemory& smem, const ForwardParams& pa
     uint64_t& full = smem.query_ring.full[stage];
     query_place.wait_empty(smem.query_ring);
     auto& attended_smem = smem.attended[stage];
-    find_attended(attended_smem, branch, queries);
+    find_attended<32>(attended_smem, branch, queries);
     if (threadIdx.x == 0) smem.query_tile[stage] = queries;
     const Rows<T> q(maps.q, branch.queries, params.q, params.head_dim, queries.batch, queries.head);
 #pragma unroll 1
@@ -61,12 +45,13 @@ __device__ __forceinline__ void load(SharedMemory& smem, const ForwardParams& pa
       const int first_row = queries.first_row + part * Config::kWarpgroupQueries;
       const int end_row =
           least(first_row + Config::kWarpgroupQueries, queries.first_row + queries.rows);
-      q.load(smem.queries[stage].part[part].q, full, queries.group, first_row, end_row);
+      q.template load<32>(smem.queries[stage].part[part].q, full, queries.group, first_row,
+                          end_row);
     }
     ptx::cp_async_arrive(full);
     ptx::mbarrier_arrive(full);  // the intervals
     query_place.advance();
-    ptx::named_barrier(kLoadBarrier, 128);  // all intervals
+    __syncwarp();  // all intervals
 
     const int kv_head = queries.head / (params.heads / params.kv_heads);
     for_each_key_tile<Config::kTileKeys>(branch, queries, attended_smem, [&](const KeyTile& tile) {
@@ -75,8 +60,8 @@ __device__ __forceinline__ void load(SharedMemory& smem, const ForwardParams& pa
                                  const TensorView& tensor, int head_dim) {
         key_place.wait_empty(ring);
         Rows<T>(map, view, tensor, head_dim, queries.batch, kv_head)
-            .load(tile_smem[key_place.stage], ring.full[key_place.stage], queries.group,
-                  tile.first_row, tile.end_row);
+            .template load<32>(tile_smem[key_place.stage], ring.full[key_place.stage],
+                               queries.group, tile.first_row, tile.end_row);
         ptx::cp_async_arrive(ring.full[key_place.stage]);
       };
       load_keys(smem.k, smem.k_ring, maps.k[tile.segment], params.k, params.head_dim);
@@ -167,9 +152,11 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
       fill_others(scores, attended_smem[walk.tile.segment] + first_row + warp_row, walk.tile,
                   minus_infinity());
       softmax.update(scores, scale_log2, shrink);
+      ptx::pin(scores);
+      // Here, not before the sums that need it: ptxas moves no later wait for wgmma above a loop.
+      key_place.wait_full(smem.v_ring);
     };
     const auto start_sums = [&] {
-      weighed_place.wait_full(smem.v_ring);
       ptx::fence_async_proxy();
       ptx::wgmma_fence();
       start_multiply_add<T>(out, weights, smem.v[weighed_place.stage]);
@@ -256,16 +243,16 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
   auto& smem = *reinterpret_cast<typename Config::SharedMemory*>(shared_memory);
   if (threadIdx.x == 0) {
     constexpr int kWarps = 4 * Config::kConsumers;
-    smem.query_ring.init(2 * 128, kWarps);  // of each lane: its copies, its interval
-    smem.k_ring.init(128, kWarps);
-    smem.v_ring.init(128, kWarps);
+    smem.query_ring.init(2 * 32, kWarps);  // of each lane: its copies, its intervals
+    smem.k_ring.init(32, kWarps);
+    smem.v_ring.init(32, kWarps);
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
     ptx::give_registers<Config::kLoadRegisters>();
-    load<Config>(smem, params, tiles, maps);
+    if (threadIdx.x < 32) load<Config>(smem, params, tiles, maps);
   } else {
     ptx::take_registers<Config::kComputeRegisters>();
     compute<Config>(smem, params, warpgroup - 1);
