@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <string>
@@ -82,8 +83,7 @@ void launch_forward(const TensorArgument& q, const TensorArgument& k, const Tens
                     const TensorArgument& out, int64_t lse, int batch, int heads, int first_head,
                     int head_count, int kv_heads, int seq, int head_dim, int head_dim_v,
                     float scale, bool bfloat16, bool sm90, const Branch& branch, bool merge,
-                    int device,
-                    int64_t stream) {
+                    int device, int64_t stream) {
   ForwardParams params{};
   params.q = tensor_view(q);
   params.k = tensor_view(k);
@@ -179,6 +179,53 @@ void launch_block_rows(const TensorArgument& layout, int64_t rows, int heads, in
   params.stream = pointer<void*>(stream);
   block_rows(params);
 }
+
+DecodeRead decode_read(const SequenceView& queries, const Run& run, const SequenceView& keys,
+                       int part, int store) {
+  return {Groups::of(queries), run, {keys, static_cast<Part>(part)}, store};
+}
+
+DecodeStore decode_store(const TensorArgument& k, const TensorArgument& v,
+                         const SequenceView& tokens, int slots) {
+  return {tensor_view(k), tensor_view(v), tokens, Divisor::of(slots)};
+}
+
+DecodeParams decode_params(const TensorArgument& q, const TensorArgument& k_new,
+                           const TensorArgument& v_new, const TensorArgument& out, int64_t position,
+                           int64_t parts, int64_t part_out, int batch, int heads, int first_head,
+                           int head_count, int kv_heads, int new_tokens, int head_dim,
+                           int head_dim_v, int part_count, float scale, bool bfloat16,
+                           const std::vector<DecodeRead>& reads,
+                           const std::vector<DecodeStore>& stores, int device, int64_t stream) {
+  if (reads.size() > kMaxReads) throw py::value_error("too many reads");
+  if (stores.size() > kMaxStores) throw py::value_error("too many stores");
+  DecodeParams params{};
+  params.q = tensor_view(q);
+  params.k_new = tensor_view(k_new);
+  params.v_new = tensor_view(v_new);
+  params.out = tensor_view(out);
+  params.position = pointer<const int64_t*>(position);
+  params.parts = pointer<DecodePart*>(parts);
+  params.part_out = pointer<float*>(part_out);
+  params.batch = batch;
+  params.heads = heads;
+  params.first_head = first_head;
+  params.head_count = head_count;
+  params.kv_heads = kv_heads;
+  params.new_tokens = new_tokens;
+  params.head_dim = head_dim;
+  params.head_dim_v = head_dim_v;
+  params.part_count = part_count;
+  params.scale = scale;
+  params.element = element(bfloat16);
+  params.read_count = static_cast<int>(reads.size());
+  std::copy(reads.begin(), reads.end(), params.reads);
+  params.store_count = static_cast<int>(stores.size());
+  std::copy(stores.begin(), stores.end(), params.stores);
+  params.device = device;
+  params.stream = pointer<void*>(stream);
+  return params;
+}
 #endif
 
 }  // namespace
@@ -207,8 +254,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("forward", &launch_forward, py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"),
              py::arg("out"), py::arg("lse"), py::arg("batch"), py::arg("heads"),
              py::arg("first_head"), py::arg("head_count"), py::arg("kv_heads"), py::arg("seq"),
-             py::arg("head_dim"), py::arg("head_dim_v"), py::arg("scale"), py::arg("bfloat16"), py::arg("sm90"),
-             py::arg("branch"), py::arg("merge"), py::arg("device"), py::arg("stream"));
+             py::arg("head_dim"), py::arg("head_dim_v"), py::arg("scale"), py::arg("bfloat16"),
+             py::arg("sm90"), py::arg("branch"), py::arg("merge"), py::arg("device"),
+             py::arg("stream"));
   module.def("block_rows", &launch_block_rows, py::kw_only(), py::arg("layout"), py::arg("rows"),
              py::arg("heads"), py::arg("blocks"), py::arg("words"), py::arg("past"),
              py::arg("future"), py::arg("device"), py::arg("stream"));
@@ -220,7 +268,23 @@ PYBIND11_MODULE(_C, module) {
              py::arg("dout"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("stats"),
              py::arg("batch"), py::arg("heads"), py::arg("first_head"), py::arg("head_count"),
              py::arg("heads_together"), py::arg("kv_heads"), py::arg("seq"), py::arg("head_dim"),
-             py::arg("head_dim_v"), py::arg("scale"), py::arg("bfloat16"), py::arg("sm90"), py::arg("keys_own"),
-             py::arg("branch"), py::arg("accumulate"), py::arg("device"), py::arg("stream"));
+             py::arg("head_dim_v"), py::arg("scale"), py::arg("bfloat16"), py::arg("sm90"),
+             py::arg("keys_own"), py::arg("branch"), py::arg("accumulate"), py::arg("device"),
+             py::arg("stream"));
+  py::class_<DecodeRead>(module, "DecodeRead")
+      .def(py::init(&decode_read), py::arg("queries"), py::arg("run"), py::arg("keys"),
+           py::arg("part"), py::arg("store"));
+  py::class_<DecodeStore>(module, "DecodeStore")
+      .def(py::init(&decode_store), py::arg("k"), py::arg("v"), py::arg("tokens"),
+           py::arg("slots"));
+  py::class_<DecodeParams>(module, "DecodeParams")
+      .def(py::init(&decode_params), py::kw_only(), py::arg("q"), py::arg("k_new"),
+           py::arg("v_new"), py::arg("out"), py::arg("position"), py::arg("parts"),
+           py::arg("part_out"), py::arg("batch"), py::arg("heads"), py::arg("first_head"),
+           py::arg("head_count"), py::arg("kv_heads"), py::arg("new_tokens"), py::arg("head_dim"),
+           py::arg("head_dim_v"), py::arg("part_count"), py::arg("scale"), py::arg("bfloat16"),
+           py::arg("reads"), py::arg("stores"), py::arg("device"), py::arg("stream"));
+  module.def("decode_parts", &decode_parts, py::arg("params"));
+  module.def("decode_finish", &decode_finish, py::arg("params"));
 #endif
 }

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "check.h"
+#include "decode/launch.h"
 #include "sm80/backward/launch.h"
 #include "sm80/block_rows.h"
 #include "sm80/forward/launch.h"
@@ -70,8 +71,8 @@ const Kernel<Params>* find(const Table<Params>& table, Element element, int head
                            int head_dim_v) {
   const Kernel<Params>* smallest = nullptr;
   for (const Kernel<Params>& kernel : table) {
-    const bool holds = kernel.element == element && kernel.head_dim >= head_dim &&
-                       kernel.head_dim_v >= head_dim_v;
+    const bool holds =
+        kernel.element == element && kernel.head_dim >= head_dim && kernel.head_dim_v >= head_dim_v;
     if (holds && (smallest == nullptr || kernel.size() < smallest->size())) smallest = &kernel;
   }
   return smallest;
@@ -80,8 +81,8 @@ const Kernel<Params>* find(const Table<Params>& table, Element element, int head
 template <class Params>
 const Kernel<Params>& choose(const Table<Params>& sm80, const Table<Params>& sm90,
                              const Params& params) {
-  const Kernel<Params>* kernel = find(params.kernels == Kernels::sm90 ? sm90 : sm80,
-                                      params.element, params.head_dim, params.head_dim_v);
+  const Kernel<Params>* kernel = find(params.kernels == Kernels::sm90 ? sm90 : sm80, params.element,
+                                      params.head_dim, params.head_dim_v);
   REQUIRE(kernel != nullptr, "no kernel holds head_dim " + std::to_string(params.head_dim) +
                                  ", head_dim_v " + std::to_string(params.head_dim_v));
   REQUIRE(
@@ -131,6 +132,18 @@ void backward(const BackwardParams& params) {
   const Kernel<BackwardParams>& kernel = choose(kBackwardSm80, kBackwardSm90, params);
   const DeviceGuard guard(params.device);
   kernel.launch(params);
+}
+
+void decode_parts(const DecodeParams& params) {
+  const DeviceGuard guard(params.device);
+  params.element == Element::float16 ? decode::launch_parts<__half>(params)
+                                     : decode::launch_parts<__nv_bfloat16>(params);
+}
+
+void decode_finish(const DecodeParams& params) {
+  const DeviceGuard guard(params.device);
+  params.element == Element::float16 ? decode::launch_finish<__half>(params)
+                                     : decode::launch_finish<__nv_bfloat16>(params);
 }
 
 std::vector<std::pair<int, int>> head_dims() {

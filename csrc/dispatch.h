@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "decode/decode_params.h"
 #include "params.h"
 
 namespace sparse_attn {
@@ -16,6 +17,11 @@ void block_rows(const BlockRowsParams& params);
 void forward(const ForwardParams& params);
 void row_stats(const RowStatsParams& params);
 void backward(const BackwardParams& params);
+
+// Likewise, for new tokens against a cache: the parts of every query's keys; then their sum and the
+// new keys and values in the stores, after the parts of all launches that share these stores.
+void decode_parts(const DecodeParams& params);
+void decode_finish(const DecodeParams& params);
 
 // Head-dim pairs (head_dim, head_dim_v) that kernels are built for. Others run in the smallest pair
 // that holds both.

@@ -87,8 +87,33 @@ def run_calls(backends: tuple[str, ...]) -> None:
                     for x in (results[0], *grads):
                         assert x.cpu().isfinite().all(), (pattern, n, head_dim, head_dim_v, dtype)
                     count += 1
+    count += run_steps()
     torch.cuda.synchronize()
     print(count, "calls")
+
+
+def run_steps() -> int:
+    """Decoding with every causal pattern, one token and several; the number of calls."""
+    count = 0
+    for head_dim, head_dim_v in HEAD_DIMS:
+        for pattern, n, heads, kv_heads in CALLS:
+            if isinstance(pattern, sa.BlockSparse) or "causal=False" in pattern.spec:
+                continue
+            q = tensor(1, heads, n, head_dim, dtype=torch.float16)
+            k = tensor(1, kv_heads, n, head_dim, dtype=torch.float16)
+            v = tensor(1, kv_heads, n, head_dim_v, dtype=torch.float16)
+            cache = sa.KVCache(
+                pattern, 1, heads, n, head_dim, head_dim_v, kv_heads, torch.float16, "cuda"
+            )
+            prompt = max(n - 40, 0)
+            cache.prefill(k[:, :, :prompt], v[:, :, :prompt])
+            for i in range(prompt, n, 5):  # 1 or 5 new tokens
+                new = slice(i, min(i + (5 if i % 2 else 1), n))
+                cache.position.fill_(i)
+                out = sa.decode(q[:, :, new], k[:, :, new], v[:, :, new], cache, backend="cuda")
+                assert out.shape[2] == new.stop - i
+                count += 1
+    return count
 
 
 def run_fault_in_kernel() -> None:

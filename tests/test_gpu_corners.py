@@ -276,6 +276,37 @@ def test_70_000_heads(batch: int, heads: int, pattern: Any) -> None:
     assert_all_close(flat_actual, exact, low)
 
 
+# Blocks.
+
+
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("head_dims", [(64, 64), (64, 128), (128, 128)])
+def test_neighbouring_blocks_attend_few_and_all(head_dims: tuple[int, int], block: int) -> None:
+    """Warpgroups of one CTA pass over many tiles while others compute them."""
+    n, blocks = 1600, -(-1600 // block)
+    layout = torch.eye(blocks, dtype=torch.bool)
+    layout[1::2] = True
+    layout[:, 0] = True
+    mask = layout.repeat_interleave(block, 0).repeat_interleave(block, 1)[:n, :n].tril().cuda()
+    head_dim, head_dim_v = head_dims
+
+    def tensor(dim: int) -> torch.Tensor:
+        return torch.randn(2, 1, n, dim, dtype=torch.float16, device="cuda")
+
+    x = Inputs(
+        tensor(head_dim),
+        tensor(head_dim),
+        tensor(head_dim_v),
+        tensor(head_dim_v),
+        torch.randn(2, 1, n, device="cuda"),
+    )
+    actual = run(x, sa.BlockSparse(layout[None].cuda(), block))
+    arguments = (x.q, x.k, x.v, [mask], None, x.dout, x.dlse)
+    exact = oracle.attention(*arguments)
+    low = oracle.attention(*arguments, rounding=torch.float16)
+    assert_all_close(actual, exact, low)
+
+
 # Streams.
 
 

@@ -19,6 +19,7 @@ from compare import assert_close
 from sparse_attn import Chunk, Dense, Dilated, Fixed, Local, PerHead, Strided, Summary
 from sparse_attn.model import SparseTransformer, SparseTransformerConfig, presets
 from sparse_attn.model.composition import layer_pattern
+from sparse_attn.model.generation import Decoder, sample
 
 # Tests on a GPU use dtypes that the kernels do not take, too.
 pytestmark = pytest.mark.filterwarnings("ignore:sparse_attn runs on the torch backend")
@@ -432,6 +433,77 @@ def test_greedy_generation_follows_the_logits() -> None:
     assert not model.training
 
 
+def generated_without_caches(
+    model: SparseTransformer, tokens: Tensor, length: int, generator: torch.Generator | None
+) -> Tensor:
+    """Every token from the logits of the whole sequence; the likeliest without a generator."""
+    model.eval()
+    for _ in range(length):
+        tokens = F.pad(tokens, (0, 1))
+        logits = model(tokens)[:, -1].float()
+        temperature = 0.7 if generator else 0
+        tokens[:, -1] = sample(logits, temperature, None, None, generator)
+    return tokens
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"pattern": "fixed", "composition": x, "summary_blocks": 2} for x in COMPOSITIONS),
+        *({"pattern": "strided", "composition": x} for x in COMPOSITIONS),
+        {"pattern": "dense"},
+        {"pattern": "local", "half_qk": True},
+        {"pattern": "strided", "positions": "data", "position_shape": (5, 5, 3)},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_generation_is_that_without_caches(changes: dict[str, Any]) -> None:
+    model = build(config(**changes))
+    for given, length, greedy in ((0, 30, False), (1, 20, True), (17, 44, True)):
+        prompt = tokens_for(model, seq=given)
+        first, second = (None if greedy else torch.Generator().manual_seed(given) for _ in "ab")
+        tokens = model.generate(prompt, length, 0 if greedy else 0.7, generator=first)
+        assert torch.equal(tokens, generated_without_caches(model, prompt, length, second))
+        model.double()
+
+
+def test_decoder_keeps_what_the_patterns_read() -> None:
+    model = build(config(context=2000, pattern="fixed", composition="interleaved", stride=20))
+    decoder = Decoder(model.eval(), tokens_for(model, seq=900), 100)
+    near, far = (cache.nbytes for cache in decoder.caches)
+    row = 2 * 4 * (8 + 8) * 4  # batch, heads, head_dim of keys and values, fp32
+    assert (near, far) == (20 * row, 1000 // 20 * 4 * row)
+    assert decoder.graph is None  # on the CPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("composition", COMPOSITIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_one_graph_replays_every_step(composition: str, dtype: torch.dtype) -> None:
+    model = build(config(context=500, width=64, composition=composition), std=0.1)
+    model = model.to("cuda", dtype).eval()
+    text = tokens_for(model, seq=500).cuda()
+    decoder, eager = (Decoder(model, text[:, :101], 399) for _ in range(2))
+    graphs = set()
+    for position in range(101, 499):
+        logits = decoder.step(text[:, position])
+        assert torch.equal(logits, eager.run_step(text[:, position]))
+        graphs.add(decoder.graph)
+    assert len(graphs - {None}) == 1
+    assert eager.graph is None
+
+
+@pytest.mark.gpu
+def test_generation_under_autocast_follows_the_logits() -> None:
+    model = build(config(context=300, width=64), std=0.1).cuda().eval()
+    with torch.autocast("cuda", torch.bfloat16):
+        tokens = model.generate(tokens_for(model, seq=7).cuda(), 200, temperature=0)
+        logits = model(tokens)[:, 7:].float()
+    # Where two tokens are about as likely, rounding may choose.
+    chosen = logits.gather(-1, tokens[:, 7:, None]).squeeze(-1)
+    assert (logits.amax(-1) - chosen).max() < 0.02 * logits.abs().max()
+
+
 def test_generation_from_nothing_to_the_whole_context() -> None:
     model = build(config(context=21))
     nothing = torch.empty(3, 0, dtype=torch.int64)
@@ -448,10 +520,24 @@ def test_samples_have_the_probabilities_of_the_model() -> None:
     prompts = tokens_for(model, batch=1, seq=5).repeat(4000, 1)
     model.eval()
     logits = model(F.pad(prompts[:1], (0, 1)))[0, -1]
-    for temperature, top_k in ((1.0, None), (2.0, 3), (0.5, 1), (3.0, 100)):
+    for temperature, top_k, top_p in (
+        (1.0, None, None),
+        (2.0, 3, None),
+        (0.5, 1, None),
+        (3.0, 100, None),
+        (8.0, None, 0.6),
+        (8.0, 5, 0.6),
+        (1.0, None, 1e-6),
+        (3.0, None, 1.0),
+    ):
         kept = logits.argsort(descending=True)[:top_k]
-        expected = torch.zeros(11).scatter(0, kept, (logits[kept] / temperature).softmax(0))
-        samples = model.generate(prompts, 1, temperature, top_k)[:, -1]
+        shares = (logits[kept] / temperature).softmax(0)
+        if top_p is not None:  # as few as reach top_p together
+            enough = [sum(shares[:i].tolist()) >= top_p - 1e-6 for i in range(1, len(shares) + 1)]
+            kept = kept[: enough.index(True) + 1]
+            shares = shares[: len(kept)] / shares[: len(kept)].sum()
+        expected = torch.zeros(11).scatter(0, kept, shares)
+        samples = model.generate(prompts, 1, temperature, top_k, top_p)[:, -1]
         shares = samples.bincount(minlength=11) / len(samples)
         assert not shares[expected == 0].any()
         assert (shares - expected).abs().max() < 6 * math.sqrt(0.25 / len(samples))
@@ -483,6 +569,11 @@ def test_generation_keeps_the_mode_after_an_error() -> None:
             lambda m: m.generate(tokens_for(m, seq=2), 1, 1.0, 0),
             ValueError,
             "top_k",
+        ),
+        (
+            lambda m: m.generate(tokens_for(m, seq=2), 1, top_p=0.0),
+            ValueError,
+            r"top_p must be in \(0, 1\], got 0.0",
         ),
         (lambda m: m.generate(torch.full((1, 2), 11), 1), ValueError, r"\[0, 11\)"),
         (lambda m: m.generate(torch.full((1, 2), -1), 1), ValueError, r"\[0, 11\)"),

@@ -702,6 +702,7 @@ def test_module_copies_and_pickles() -> None:
     assert_same_bits("out", other(x), module(x))
 
 
+@pytest.mark.filterwarnings("ignore:sparse_attn runs on the torch backend")
 def test_module_takes_its_layout_along(device: str) -> None:
     layout = torch.rand(4, 3, 3) < 0.5
     module = sa.SelfAttention(64, 4, sa.BlockSparse(layout, 16))

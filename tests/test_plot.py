@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import sys
 from collections.abc import Iterator
@@ -42,6 +43,13 @@ def cells(figure: Figure, picture: NDArray[Any], axes: int, n: int) -> NDArray[A
     x, y = figure.axes[axes].transData.transform(centres).T
     rows = picture.shape[0] - 1 - np.round(y).astype(int)
     return picture[rows, np.round(x).astype(int), :3].reshape(n, n, 3)
+
+
+def strip_of(figure: Figure) -> NDArray[Any]:
+    """The weights below a wave."""
+    strip = figure.axes[1].images[0].get_array()
+    assert strip is not None
+    return np.ma.filled(strip, 0.0).ravel()
 
 
 PATTERNS = [
@@ -180,10 +188,73 @@ def test_learned_attention() -> None:
         np.testing.assert_allclose(
             np.ma.filled(page, 0.0).ravel()[:51], wanted[:51].numpy(), rtol=1e-6
         )
+    sound = plot.plot_learned_attention(model, text, 50, 1, 0, sound=True)
+    strip = strip_of(sound)
+    np.testing.assert_allclose(strip, weights[0][:51].numpy(), rtol=1e-6)
+    images = SparseTransformer(
+        dataclasses.replace(config, context=36, positions="data", position_shape=(3, 4, 3))
+    )
+    figure = plot.plot_learned_attention(images, text, 30, 0)
+    assert [axes.get_title() for axes in figure.axes] == ["read so far", "attention"]
     with pytest.raises(ValueError, match="position is 64, wanted 0 to 63"):
         plot.plot_learned_attention(model, text, 64, 0)
     with pytest.raises(ValueError, match="layer must be in"):
         plot.plot_learned_attention(model, text, 10, 2)
+
+
+def test_image_attention_is_on_its_pixels() -> None:
+    shape, position = (5, 4, 3), 38
+    weights = torch.rand(50) * sa.Strided(12).mask(50)[position]
+    image = bytes(torch.randint(1, 256, (60,)).tolist())
+    figure = plot.plot_image_attention(weights, image, position, shape, "title")
+    rendered(figure)
+    read, attention = (np.asarray(axes.images[0].get_array()) for axes in figure.axes)
+    wanted = np.zeros(60)
+    wanted[:position] = np.frombuffer(image[:position], np.uint8) / 255
+    np.testing.assert_allclose(read.reshape(-1), wanted)
+    sums = np.pad(weights[: position + 1].double().numpy(), (0, 60 - position - 1))
+    sums = sums.reshape(shape).sum(-1)
+    assert (attention == attention[..., :1]).all()  # grey
+    np.testing.assert_allclose(attention[sums == sums.max()], 1.0)
+    unread = np.arange(20).reshape(5, 4) > position // 3
+    assert not attention[unread].any()
+    dim = ~unread & (sums == 0)
+    assert dim.any() and (attention[dim] <= 0.45).all()
+    order = np.argsort(attention[(sums > 0) & (read.sum(-1) == 0), 0])
+    assert (np.diff(sums[(sums > 0) & (read.sum(-1) == 0)][order]) >= 0).all()
+    frame = figure.axes[1].patches[0]
+    assert frame.get_xy() == (position // 3 % 4 - 0.5, position // 12 - 0.5)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("position", [0, 30, 2500])
+def test_sound_attention_is_a_strip_of_sums(position: int) -> None:
+    weights = torch.rand(3000) * sa.Strided(50).mask(3000)[position]
+    codes = bytes(torch.randint(256, (3000,)).tolist())
+    figure = plot.plot_sound_attention(weights, codes, position)
+    rendered(figure)
+    strip = strip_of(figure)
+    assert len(strip) == min(position + 1, 1000)
+    columns = np.arange(position + 1) * len(strip) // (position + 1)
+    np.testing.assert_allclose(strip.sum(), weights[: position + 1].sum().item(), rtol=1e-5)
+    if position < 1000:
+        np.testing.assert_allclose(strip, weights[: position + 1].double().numpy())
+    else:
+        assert 1 < np.bincount(columns).max() <= 3
+        assert (strip > 0).sum() <= (weights[: position + 1] > 0).sum()
+    assert np.asarray(figure.axes[0].lines[0].get_xydata()).shape == (position, 2)
+
+
+def test_image_and_sound_refusals() -> None:
+    weights = torch.ones(12) / 12
+    for position, image in ((12, bytes(12)), (5, bytes(4)), (-1, bytes(12))):
+        with pytest.raises(ValueError, match="do not fit position"):
+            plot.plot_image_attention(weights, image, position, (2, 2, 3))
+        with pytest.raises(ValueError, match="do not fit position"):
+            plot.plot_sound_attention(weights, image, position)
+    with pytest.raises(ValueError, match="do not fit position"):
+        plot.plot_image_attention(weights, bytes(12), 3, (1, 3, 3))
+    with pytest.raises(ValueError, match=r"shape is \(4, 3\)"):
+        plot.plot_image_attention(weights, bytes(12), 3, (4, 3))
 
 
 def test_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,8 @@ void set_element(Options& options, const std::string& text) {
 }
 
 void set_kernels(Options& options, const std::string& text) {
-  if (text != "sm80" && text != "sm90") fail("--kernels must be sm80 or sm90, found '" + text + "'");
+  if (text != "sm80" && text != "sm90")
+    fail("--kernels must be sm80 or sm90, found '" + text + "'");
   options.kernels = text == "sm80" ? Kernels::sm80 : Kernels::sm90;
 }
 

@@ -21,7 +21,7 @@ struct Options {
   int head_dim_v = 0;  // 0: head_dim
   Element element = Element::bfloat16;
   std::optional<Kernels> kernels;  // left out: the fastest that can run
-  bool forward = true;  // the directions to time
+  bool forward = true;             // the directions to time
   bool backward = true;
   int repeats = 50;
   uint64_t seed = 0;

@@ -90,7 +90,8 @@ std::string to_text(const Report& report) {
   text += formatted(
       "n %d, batch %d, heads %d, kv_heads %d, head_dim %d, head_dim_v %d, %s, %s, L2 %s\n\n",
       report.plan.length, options.batch, options.heads, options.kv_heads, options.head_dim,
-      options.head_dim_v, name(options.element), name(*options.kernels), options.cold ? "flushed" : "not flushed");
+      options.head_dim_v, name(options.element), name(*options.kernels),
+      options.cold ? "flushed" : "not flushed");
   text += "tensor    tokens  error, share of allowed\n";
   for (const Check& check : report.checks) {
     text += formatted("%-6s %9lld  %.3g", check.tensor.c_str(),

@@ -54,12 +54,14 @@ __device__ __forceinline__ uint64_t moved(uint64_t operand, int bytes) {
   return operand + (bytes >> 4);
 }
 
-// Accumulators of eight columns, and of all.
-#define SUM_8(j) \
-  "+f"(sum.at[0][j][0]), "+f"(sum.at[0][j][1]), "+f"(sum.at[0][j][2]), "+f"(sum.at[0][j][3])
-#define SUM_64 SUM_8(0), SUM_8(1), SUM_8(2), SUM_8(3), SUM_8(4), SUM_8(5), SUM_8(6), SUM_8(7)
-#define SUM_128 \
-  SUM_64, SUM_8(8), SUM_8(9), SUM_8(10), SUM_8(11), SUM_8(12), SUM_8(13), SUM_8(14), SUM_8(15)
+// Accumulators of eight columns, and of all; `c`: "+f", or "=f" where they are only written.
+#define SUM_8(c, j) c(sum.at[0][j][0]), c(sum.at[0][j][1]), c(sum.at[0][j][2]), c(sum.at[0][j][3])
+#define SUM_64(c)                                                                            \
+  SUM_8(c, 0), SUM_8(c, 1), SUM_8(c, 2), SUM_8(c, 3), SUM_8(c, 4), SUM_8(c, 5), SUM_8(c, 6), \
+      SUM_8(c, 7)
+#define SUM_128(c)                                                                             \
+  SUM_64(c), SUM_8(c, 8), SUM_8(c, 9), SUM_8(c, 10), SUM_8(c, 11), SUM_8(c, 12), SUM_8(c, 13), \
+      SUM_8(c, 14), SUM_8(c, 15)
 #define NAMES_64                                                                               \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
   "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -68,73 +70,53 @@ __device__ __forceinline__ uint64_t moved(uint64_t operand, int bytes) {
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, " \
   "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// shape: columns of b; element: f16 or bf16; operands: of a and b, then transpositions.
+// shape: columns of b; element: f16 or bf16; add: "1" or "0"; operands: of a and b, then
+// transpositions.
 #define WGMMA(shape, element, add, operands)                                               \
   "{\n.reg .pred p;\nsetp.ne.b32 p, " add ", 0;\nwgmma.mma_async.sync.aligned.m64n" #shape \
   "k16.f32." element "." element " {" NAMES_##shape "}, " operands ";\n}"
 
-// sum = a b^T, or sum += a b^T if `add`: 16 columns of 64 rows of a and of 64 rows of b.
-template <class T>
-__device__ __forceinline__ void wgmma_transposed(RegisterTile<16, 64>& sum, uint64_t a, uint64_t b,
-                                                 bool add) {
-  if constexpr (std::is_same_v<T, __half>) {
-    asm volatile(WGMMA(64, "f16", "%34", "%32, %33, p, 1, 1, 0, 0")
-                 : SUM_64
-                 : "l"(a), "l"(b), "r"(int{add}));
-  } else {
-    asm volatile(WGMMA(64, "bf16", "%34", "%32, %33, p, 1, 1, 0, 0")
-                 : SUM_64
-                 : "l"(a), "l"(b), "r"(int{add}));
+#define DEFINE_TRANSPOSED(shape, operands)                                                    \
+  template <class T, bool kAdd>                                                               \
+  __device__ __forceinline__ void wgmma_transposed(RegisterTile<16, shape>& sum, uint64_t a,  \
+                                                   uint64_t b) {                              \
+    if constexpr (kAdd && std::is_same_v<T, __half>) {                                        \
+      asm volatile(WGMMA(shape, "f16", "1", operands) : SUM_##shape("+f") : "l"(a), "l"(b));  \
+    } else if constexpr (kAdd) {                                                              \
+      asm volatile(WGMMA(shape, "bf16", "1", operands) : SUM_##shape("+f") : "l"(a), "l"(b)); \
+    } else if constexpr (std::is_same_v<T, __half>) {                                         \
+      asm volatile(WGMMA(shape, "f16", "0", operands) : SUM_##shape("=f") : "l"(a), "l"(b));  \
+    } else {                                                                                  \
+      asm volatile(WGMMA(shape, "bf16", "0", operands) : SUM_##shape("=f") : "l"(a), "l"(b)); \
+    }                                                                                         \
   }
-}
 
-// sum = a b^T, or sum += a b^T if `add`: 16 columns of 64 rows of a and of 128 rows of b.
-template <class T>
-__device__ __forceinline__ void wgmma_transposed(RegisterTile<16, 128>& sum, uint64_t a, uint64_t b,
-                                                 bool add) {
-  if constexpr (std::is_same_v<T, __half>) {
-    asm volatile(WGMMA(128, "f16", "%66", "%64, %65, p, 1, 1, 0, 0")
-                 : SUM_128
-                 : "l"(a), "l"(b), "r"(int{add}));
-  } else {
-    asm volatile(WGMMA(128, "bf16", "%66", "%64, %65, p, 1, 1, 0, 0")
-                 : SUM_128
-                 : "l"(a), "l"(b), "r"(int{add}));
+#define DEFINE_ADD(shape, operands)                                                               \
+  template <class T>                                                                              \
+  __device__ __forceinline__ void wgmma_add(RegisterTile<16, shape>& sum, const uint32_t (&a)[4], \
+                                            uint64_t b) {                                         \
+    if constexpr (std::is_same_v<T, __half>) {                                                    \
+      asm volatile(WGMMA(shape, "f16", "1", operands)                                             \
+                   : SUM_##shape("+f")                                                            \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                         \
+    } else {                                                                                      \
+      asm volatile(WGMMA(shape, "bf16", "1", operands)                                            \
+                   : SUM_##shape("+f")                                                            \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                         \
+    }                                                                                             \
   }
-}
 
-// sum += a b: 16 columns of 64 rows of a, 16 rows of b of 64 columns. A warp holds its 16 rows of a
-// in the registers of mma_m16n8k16.
-template <class T>
-__device__ __forceinline__ void wgmma_add(RegisterTile<16, 64>& sum, const uint32_t (&a)[4],
-                                          uint64_t b) {
-  if constexpr (std::is_same_v<T, __half>) {
-    asm volatile(WGMMA(64, "f16", "1", "{%32, %33, %34, %35}, %36, p, 1, 1, 1")
-                 : SUM_64
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  } else {
-    asm volatile(WGMMA(64, "bf16", "1", "{%32, %33, %34, %35}, %36, p, 1, 1, 1")
-                 : SUM_64
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  }
-}
+// sum = a b^T, or sum += a b^T: 16 columns of 64 rows of a and of 64 or 128 rows of b.
+DEFINE_TRANSPOSED(64, "%32, %33, p, 1, 1, 0, 0")
+DEFINE_TRANSPOSED(128, "%64, %65, p, 1, 1, 0, 0")
 
-// sum += a b: 16 columns of 64 rows of a, 16 rows of b of 128 columns. A warp holds its 16 rows of
-// a in the registers of mma_m16n8k16.
-template <class T>
-__device__ __forceinline__ void wgmma_add(RegisterTile<16, 128>& sum, const uint32_t (&a)[4],
-                                          uint64_t b) {
-  if constexpr (std::is_same_v<T, __half>) {
-    asm volatile(WGMMA(128, "f16", "1", "{%64, %65, %66, %67}, %68, p, 1, 1, 1")
-                 : SUM_128
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  } else {
-    asm volatile(WGMMA(128, "bf16", "1", "{%64, %65, %66, %67}, %68, p, 1, 1, 1")
-                 : SUM_128
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  }
-}
+// sum += a b: 16 columns of 64 rows of a, 16 rows of b of 64 or 128 columns. A warp holds its 16
+// rows of a in the registers of mma_m16n8k16.
+DEFINE_ADD(64, "{%32, %33, %34, %35}, %36, p, 1, 1, 1")
+DEFINE_ADD(128, "{%64, %65, %66, %67}, %68, p, 1, 1, 1")
 
+#undef DEFINE_ADD
+#undef DEFINE_TRANSPOSED
 #undef WGMMA
 #undef NAMES_128
 #undef NAMES_64

@@ -23,8 +23,13 @@ __device__ __forceinline__ void start_multiply_transposed(Product& product, cons
     const auto bytes = [column](int panel_elements) {
       return (column / 64 * panel_elements + column % 64) * int{sizeof(T)};
     };
-    ptx::wgmma_transposed<T>(product, ptx::moved(a, bytes(TileA::kPanelElements)),
-                             ptx::moved(b, bytes(TileB::kPanelElements)), column > 0);
+    const uint64_t a_operand = ptx::moved(a, bytes(TileA::kPanelElements));
+    const uint64_t b_operand = ptx::moved(b, bytes(TileB::kPanelElements));
+    if (column == 0) {
+      ptx::wgmma_transposed<T, false>(product, a_operand, b_operand);
+    } else {
+      ptx::wgmma_transposed<T, true>(product, a_operand, b_operand);
+    }
   }
   ptx::wgmma_commit();
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The walk over the key tiles of a query tile, in registers: the warps that load and those that
-// compute find the same tiles, each by itself.
+// The walk over the key tiles of a query tile, by the warps that load; and how the warpgroups that
+// compute see these tiles.
 #pragma once
 
 #include "attention/tiles.h"
@@ -51,13 +51,35 @@ struct KeyWalk {
   }
 };
 
-// f(tile) for all of them.
-template <int kTileKeys, int kRows, class F>
-__device__ __forceinline__ void for_each_key_tile(
-    const Branch& branch, const QueryTile& queries,
-    const Interval (&attended_smem)[kMaxSegments][kRows], F f) {
-  KeyWalk<kTileKeys, kRows> walk(branch, queries, attended_smem);
-  while (walk.next()) f(walk.tile);
+constexpr int kWarpgroupRows = 64;  // the rows of one wgmma
+
+// The rows of the `number`-th warpgroup that computes; none if the tile is short.
+__device__ __forceinline__ QueryTile part_of(const QueryTile& tile, int number) {
+  const int first_row = number * kWarpgroupRows;
+  return {tile.batch, tile.head, tile.group, tile.first_row + first_row,
+          greatest(least(tile.rows - first_row, kWarpgroupRows), 0)};
+}
+
+// What the warps that load tell a computing warpgroup of a tile in a ring.
+struct SeenTile {
+  KeyTile tile;  // exists: intervals of the warpgroup's rows meet it; cut: for these rows
+  bool more;     // tiles after it
+};
+
+template <int kTileKeys, int kRows>
+__device__ __forceinline__ SeenTile as_seen(KeyTile tile, bool more, const QueryTile& queries,
+                                            int number,
+                                            const Interval (&attended_smem)[kMaxSegments][kRows]) {
+  const QueryTile part = part_of(queries, number);
+  tile.exists = false;
+  if (part.rows > 0) {
+    const Interval* part_smem = attended_smem[tile.segment] + number * kWarpgroupRows;
+    const Interval first = part_smem[0], last = part_smem[part.rows - 1];
+    tile.exists = tile.end_row > first.first && tile.first_row < last.end;
+    tile.cut_before = tile.first_row < last.first;
+    tile.cut_after = tile.end_row > first.end || tile.end_row < tile.first_row + kTileKeys;
+  }
+  return {tile, more};
 }
 
 }  // namespace sparse_attn::sm90

@@ -119,3 +119,55 @@ def backward(
     device: int,
     stream: int,
 ) -> None: ...
+
+# Keys of one segment of a branch, out of the store with that number.
+class DecodeRead:
+    def __init__(
+        self,
+        queries: SequenceView,
+        run: Run,
+        keys: SequenceView,
+        part: int,  # 0 before, 1 inside the run
+        store: int,
+    ) -> None: ...
+
+# Rows of the kv heads of a launch, as (address, batch, head and row stride).
+class DecodeStore:
+    def __init__(
+        self,
+        k: tuple[int, int, int, int],
+        v: tuple[int, int, int, int],
+        tokens: SequenceView,  # those that it lists
+        slots: int,
+    ) -> None: ...
+
+class DecodeParams:
+    def __init__(
+        self,
+        *,
+        q: tuple[int, int, int, int],
+        k_new: tuple[int, int, int, int],
+        v_new: tuple[int, int, int, int],
+        out: tuple[int, int, int, int],
+        position: int,  # address of an int64
+        parts: int,
+        part_out: int,
+        batch: int,
+        heads: int,
+        first_head: int,
+        head_count: int,
+        kv_heads: int,
+        new_tokens: int,
+        head_dim: int,
+        head_dim_v: int,
+        part_count: int,
+        scale: float,
+        bfloat16: bool,
+        reads: list[DecodeRead],
+        stores: list[DecodeStore],
+        device: int,
+        stream: int,
+    ) -> None: ...
+
+def decode_parts(params: DecodeParams) -> None: ...
+def decode_finish(params: DecodeParams) -> None: ...

@@ -9,6 +9,7 @@ torch.Size([1, 8, 1000, 64])
 
 from __future__ import annotations
 
+from .decode import KVCache, decode
 from .functional import attention, which_backend
 from .merge import merge
 from .model import SparseTransformer, SparseTransformerConfig, presets
@@ -35,6 +36,7 @@ __all__ = [
     "Dense",
     "Dilated",
     "Fixed",
+    "KVCache",
     "Local",
     "Pattern",
     "PerHead",
@@ -44,6 +46,7 @@ __all__ = [
     "Strided",
     "Summary",
     "attention",
+    "decode",
     "merge",
     "parse_pattern",
     "presets",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures: patterns, the paper's figure 3, loss curves and learned attention.
+"""Pictures: patterns, learned attention, loss curves; the paper's figures 2 and 3.
 
 Every function returns a `matplotlib.figure.Figure` and touches no global state; save it with
 `figure.savefig(path)`. Needs `pip install "sparse-attn[plot]"`.
@@ -173,15 +173,12 @@ def plot_attention(
 
     figure = _figure(max(4.0, min(11.0, 0.14 * row_length + 1.5)), max(2.0, 0.2 * rows + 1.0))
     from matplotlib.colors import PowerNorm
-    from matplotlib.patches import Rectangle
 
     axes = figure.add_subplot()
     axes.set_facecolor(EMPTY)
     norm = PowerNorm(0.4, vmin=0, vmax=max(float(values[:shown].max()), 1e-12))
     image = axes.imshow(page, cmap="YlOrRd", norm=norm, aspect="auto", interpolation="nearest")
-    row, column = divmod(position, row_length)
-    frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=QUERY, linewidth=1.5)
-    axes.add_patch(frame)
+    _frame(axes, *divmod(position, row_length), QUERY)
     if shown <= MAX_LETTERS:
         for key in range(1, shown):
             letter = chr(text[key - 1])
@@ -207,17 +204,121 @@ def plot_attention(
     return figure
 
 
+def plot_image_attention(
+    weights: torch.Tensor | NDArray[Any],
+    image: bytes,
+    position: int,
+    shape: tuple[int, ...],
+    title: str = "",
+) -> Figure:
+    """Where the query that predicts byte `position` of an image looks (the paper's figure 2).
+
+    `weights` (seq,) are the softmax weights of every key, `shape` (height, width, channels). A key
+    is drawn at its position, the channels of a pixel added up: white for the greatest weight, on
+    the dimmed image, black where nothing has been read yet; the pixel to predict is framed. Beside
+    it the image so far.
+
+    Raises ValueError if weights, image and shape do not fit `position`.
+    """
+    values = np.asarray(weights, dtype=np.float64)
+    if len(shape) != 3 or shape[2] not in (1, 3):
+        raise ValueError(f"shape is {shape}, wanted (height, width, 1 or 3 channels)")
+    size = math.prod(shape)
+    if values.ndim != 1 or not 0 <= position < len(values) <= size or len(image) < position:
+        raise ValueError(
+            f"weights of shape {values.shape} and {len(image)} bytes of an image of shape {shape} "
+            f"do not fit position {position}"
+        )
+    read = np.zeros(size)
+    read[:position] = np.frombuffer(image[:position], np.uint8) / 255
+    picture = np.broadcast_to(read.reshape(shape), (*shape[:2], 3))
+    sums = np.zeros(size)
+    sums[: position + 1] = values[: position + 1]
+    sums = sums.reshape(shape).sum(-1)
+    grey = picture.mean(-1, keepdims=True) * 0.45
+    light = (sums / max(float(sums.max()), 1e-12))[..., None] ** 0.4
+    figure = _figure(8.4, 4.4)
+    for index, (name, pixels) in enumerate(
+        (("read so far", picture), ("attention", grey + (1 - grey) * light))
+    ):
+        axes = figure.add_subplot(1, 2, index + 1)
+        axes.imshow(np.broadcast_to(pixels, picture.shape), interpolation="nearest")
+        row, column = divmod(position // shape[2], shape[1])
+        _frame(axes, row, column, "#ff9e3d")
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.set_title(name, fontsize=9)
+    figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def plot_sound_attention(
+    weights: torch.Tensor | NDArray[Any],
+    codes: bytes,
+    position: int,
+    title: str = "",
+) -> Figure:
+    """Where the query that predicts sample `position` looks: the wave, and a strip below it.
+
+    `weights` (seq,) are the softmax weights of every key; the strip adds up those of neighbouring
+    keys, in at most 1000 columns. `codes` are 8-bit mu-law.
+
+    Raises ValueError if weights and codes do not fit `position`.
+    """
+    from .data import SAMPLE_RATE, mu_law_decode
+
+    values = np.asarray(weights, dtype=np.float64)
+    if values.ndim != 1 or not 0 <= position < len(values) or len(codes) < position:
+        raise ValueError(
+            f"weights of shape {values.shape} and {len(codes)} samples do not fit position "
+            f"{position}"
+        )
+    keys = position + 1
+    columns = min(keys, 1000)
+    edges = np.arange(columns) * keys // columns
+    strip = np.add.reduceat(values[:keys], edges)[None]
+    seconds = keys / SAMPLE_RATE
+    figure = _figure(11.0, 3.4)
+    grid = figure.add_gridspec(2, 1, height_ratios=[3, 1])
+    wave = figure.add_subplot(grid[0])
+    samples = mu_law_decode(np.frombuffer(codes[:position], np.uint8))
+    wave.plot(np.arange(position) / SAMPLE_RATE, samples, color=FIRST, linewidth=0.6)
+    wave.set_ylim(-1, 1)
+    wave.set_ylabel("sample", fontsize=8)
+    wave.set_title(title, fontsize=9, loc="left")
+    below = figure.add_subplot(grid[1], sharex=wave)
+    image = below.imshow(
+        np.ma.masked_equal(strip, 0.0),
+        cmap="YlOrRd",
+        vmin=0,
+        aspect="auto",
+        extent=(0, seconds, 0, 1),
+        interpolation="nearest",
+    )
+    below.set_facecolor(EMPTY)
+    below.set_yticks([])
+    below.set_xlim(0, seconds)
+    below.set_xlabel("seconds", fontsize=8)
+    bar = figure.colorbar(image, ax=[wave, below], fraction=0.025, pad=0.01)
+    bar.set_label(f"weight of {-(-keys // columns)} keys", fontsize=8)
+    for axes in (wave, below, bar.ax):
+        axes.tick_params(labelsize=7)
+    return figure
+
+
 def plot_learned_attention(
     model: SparseTransformer,
     text: bytes,
     position: int,
     layer: int,
     head: int | None = None,
+    sound: bool = False,
 ) -> Figure:
     """What `model` looks at to predict byte `position` of `text`: one head or a layer's mean.
 
-    Reads at most one context of `text`. Raises ValueError for a position, layer or head that is not
-    there.
+    As an image if the model's positions are those of one, as a wave if `text` is `sound`, else as a
+    page. Reads at most one context of `text`. Raises ValueError for a position, layer or head that
+    is not there.
     """
     config = model.config
     text = text[: config.context]
@@ -227,15 +328,15 @@ def plot_learned_attention(
     tokens = torch.tensor([list(text)], device=device)
     heads = range(config.heads) if head is None else (head,)
     weights = torch.stack([model.attention_weights(tokens, layer, h, position)[0] for h in heads])
+    mean = weights.mean(0).cpu()
     which = f"mean of {config.heads} heads" if head is None else f"head {head}"
-    return plot_attention(
-        weights.mean(0).cpu(),
-        text,
-        position,
-        config.stride,
-        f"layer {layer}, {which}: where the model looks to predict byte {position}, "
-        f"{chr(text[position])!r}",
-    )
+    title = f"layer {layer}, {which}: where the model looks to predict byte {position}"
+    if config.position_shape is not None and len(config.position_shape) == 3:
+        return plot_image_attention(mean, text, position, config.position_shape, title)
+    if sound:
+        return plot_sound_attention(mean, text, position, title)
+    title += f", {chr(text[position])!r}"
+    return plot_attention(mean, text, position, config.stride, title)
 
 
 def import_figure() -> type[Figure]:
@@ -251,6 +352,15 @@ def _figure(width: float, height: float) -> Figure:
     """An empty figure on an opaque light ground, readable on pages of any colour."""
     figure = import_figure()
     return figure(figsize=(width, height), dpi=120, layout="constrained", facecolor="white")
+
+
+def _frame(axes: Axes, row: int, column: int, colour: str) -> None:
+    """A frame around one cell of a picture."""
+    from matplotlib.patches import Rectangle
+
+    axes.add_patch(
+        Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=colour, linewidth=1.5)
+    )
 
 
 def _heads(pattern: Pattern) -> tuple[Pattern, ...]:

@@ -2,11 +2,11 @@
 // Constants and shared memory of the portable backward kernels.
 #pragma once
 
+#include "attention/reach.h"
 #include "attention/register_tile.cuh"
 #include "attention/shared_tile.cuh"
 #include "attention/tiles.h"
 #include "params.h"
-#include "attention/reach.h"
 
 namespace sparse_attn::sm80::backward {
 

@@ -2,10 +2,10 @@
 // Constants and shared memory of the portable forward kernel.
 #pragma once
 
+#include "attention/reach.h"
 #include "attention/register_tile.cuh"
 #include "attention/shared_tile.cuh"
 #include "attention/tiles.h"
-#include "attention/reach.h"
 
 namespace sparse_attn::sm80::forward {
 

@@ -7,6 +7,7 @@
 #include "params.h"
 #include "sm90/query_tiles.h"
 #include "sm90/ring.cuh"
+#include "sm90/walk.cuh"
 
 namespace sparse_attn::sm90::backward {
 
@@ -17,12 +18,6 @@ struct alignas(16) Stats {
   float delta[kRows];
 };
 
-// What the loading warpgroup tells of a tile in the ring.
-struct StreamedTile {
-  KeyTile rows;
-  bool more;  // streamed tiles of the same own rows
-};
-
 template <class T, int kHeadDim_, int kHeadDimV_, Owner kOwner>
 struct Config {
   using Element = T;
@@ -30,7 +25,6 @@ struct Config {
   static constexpr int kHeadDimV = kHeadDimV_;
   static constexpr bool kOwnsQueries = kOwner == Owner::queries;  // and sums dq; else dk and dv
   static constexpr int kConsumers = 2;                            // warpgroups that compute
-  static constexpr int kWarpgroupRows = 64;                       // own rows of one wgmma
   static constexpr int kTileOwn = kConsumers * kWarpgroupRows;
   static constexpr int kTileStreamed = 64;
   static constexpr int kThreads = 128 * (1 + kConsumers);
@@ -68,7 +62,7 @@ struct Config {
     QueryTile rows[kOwnStages];  // the head is the first of those summed; no row: the last tile
     Interval attended[kOwnStages][kMaxSegments][kTileOwn];
     bool any_streamed[kOwnStages];
-    StreamedTile tile[kStages];
+    SeenTile tile[kStages][kConsumers];
     RingBarriers<kOwnStages> own_ring;
     RingBarriers<kStages> ring;
   };

@@ -43,8 +43,7 @@ struct Walk {
     while (!of_head.next()) {
       const int head = of_head.tile.head + 1;
       if (head == end_head) return false;
-      of_head.tile = of_head.tokens.last;
-      of_head.tile.head = head;
+      of_head.tile = {head, -1, 0, 0, true, false, false, false};  // before the first segment
       of_head.end = 0;
     }
     return true;
@@ -98,10 +97,10 @@ __device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& p
     const int own_head = kOwnsQueries ? own.head : kv_head;
 #pragma unroll 1
     for (int number = 0; number < Config::kConsumers; ++number) {
-      const int first_row = number * Config::kWarpgroupRows;
+      const int first_row = number * kWarpgroupRows;
       const auto load_own = [&](auto& tile_smem, const TensorView& tensor, int head_dim) {
         const T* gmem = head_gmem<const T>(tensor, own.batch, own_head);
-        for_each_row<Config::kWarpgroupRows>(
+        for_each_row<kWarpgroupRows>(
             branch.queries, own.group, own.first_row + first_row, own.rows - first_row,
             [&](int row, int64_t token, bool exists) {
               load_row(tile_smem, row, gmem + token * tensor.row_stride, head_dim, exists);
@@ -125,7 +124,7 @@ __device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& p
 
     while (more) {
       const KeyTile tile = walk.of_head.tile;
-      more = walk.next();
+      more = walk.next();  // ahead: no thread reads the intervals once all tiles are full
       const SequenceView& view = branch.segments[tile.segment].keys;
       const int rows = tile.end_row - tile.first_row;
       const int head = kOwnsQueries ? kv_head : tile.head;
@@ -137,6 +136,11 @@ __device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& p
             });
       };
       place.wait_empty(smem.ring);
+      if (threadIdx.x < Config::kConsumers) {
+        smem.tile[place.stage][threadIdx.x] =
+            as_seen<Config::kTileStreamed>(tile, more, own, threadIdx.x, attended_smem);
+        ptx::mbarrier_arrive(smem.ring.full[place.stage]);
+      }
       load_streamed(smem.streamed[place.stage], streamed_view, params.head_dim);
       load_streamed(smem.streamed_v[place.stage], streamed_v_view, params.head_dim_v);
       if constexpr (!kOwnsQueries) {
@@ -144,10 +148,6 @@ __device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& p
                    tile.first_row, rows);
       }
       ptx::cp_async_arrive(smem.ring.full[place.stage]);
-      if (threadIdx.x == 0) {
-        smem.tile[place.stage] = {tile, more};
-        ptx::mbarrier_arrive(smem.ring.full[place.stage]);
-      }
       place.advance();
     }
   }
@@ -155,25 +155,6 @@ __device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& p
   smem.rows[own_place.stage].rows = 0;
   ptx::cp_async_arrive(smem.own_ring.full[own_place.stage]);
   ptx::mbarrier_arrive(smem.own_ring.full[own_place.stage]);
-}
-
-// Whether rows of a part attend a streamed tile; sets where the tile is cut for them, and whether
-// their blocks differ.
-template <int kTileStreamed, int kTileOwn>
-__device__ __forceinline__ bool attends(KeyTile& tile,
-                                        const Interval (&attended_smem)[kMaxSegments][kTileOwn],
-                                        const Branch& branch, const QueryTile& part,
-                                        int first_row) {
-  if (part.rows == 0) return false;
-  const Interval first = attended_smem[tile.segment][first_row];
-  const Interval last = attended_smem[tile.segment][first_row + part.rows - 1];
-  if (tile.end_row <= first.first || tile.first_row >= last.end) return false;
-  tile.cut_before = tile.first_row < last.first;
-  tile.cut_after = tile.end_row > first.end || tile.end_row < tile.first_row + kTileStreamed;
-  if (!tile.mixed || branch.blocks.size < 64) return true;
-  // Blocks of 64 or 128: the rows of a part, and those of the tile, lie in one.
-  tile.mixed = false;
-  return branch.keeps(tile.head, part.first_row, tile.first_row);
 }
 
 // Keeps registers that a wgmma reads from being reused before this point.
@@ -196,7 +177,7 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
   constexpr int kLaneRows = Scores::kLaneRows;
   const Branch& branch = params.branch;
   const float scale_log2 = params.scale * kLog2E;
-  const int first_row = number * Config::kWarpgroupRows;
+  const int first_row = number * kWarpgroupRows;
   const int warp_row = threadIdx.x / 32 % 4 * 16;  // of the part
   const auto sync = [&] { ptx::named_barrier(kComputeBarrier + number, 128); };
   Place<Config::kOwnStages> own_place;
@@ -206,10 +187,7 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
     own_place.wait_full(smem.own_ring);
     const QueryTile& own = smem.rows[own_stage];  // read when needed: registers are scarce
     if (own.rows == 0) break;
-    const auto own_part = [&] {
-      return QueryTile{own.batch, own.head, own.group, own.first_row + first_row,
-                       greatest(least(own.rows - first_row, Config::kWarpgroupRows), 0)};
-    };
+    const auto own_part = [&] { return part_of(own, number); };
     auto& part_smem = smem.own[own_stage].part[number];
     auto& attended_smem = smem.attended[own_stage];
 
@@ -233,42 +211,46 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
     };
 
     bool more = smem.any_streamed[own_stage];  // whether there is a tile at `place`
-    KeyTile tile;
     Scores weights, dscores;
+    const auto tile = [&]() -> const KeyTile& { return smem.tile[place.stage][number].tile; };
+    // Whether blocks smaller than a part leave pairs of the tile out.
+    const auto mixed = [&] { return tile().mixed && branch.blocks.size < kWarpgroupRows; };
     const auto attended = [&] {  // whether this part attends the tile at `place`
       place.wait_full(smem.ring);
-      tile = smem.tile[place.stage].rows;
-      return attends<Config::kTileStreamed>(tile, attended_smem, branch, own_part(), first_row);
+      if (!tile().exists) return false;
+      // In larger blocks the rows of the part lie in one, and so do those of the tile.
+      return !tile().mixed || mixed() ||
+             branch.keeps(tile().head, own_part().first_row, tile().first_row);
     };
     const auto advance = [&] {
-      more = smem.tile[place.stage].more;
+      more = smem.tile[place.stage][number].more;
       place.advance();
     };
-    // The products become scores, and weights times values: two groups.
+    // Scores, and gradients of weights: two groups.
     const auto start_products = [&] {
       start_multiply_transposed<T>(weights, part_smem.own, smem.streamed[place.stage]);
       start_multiply_transposed<T>(dscores, part_smem.own_v, smem.streamed_v[place.stage]);
     };
-    // From scores.
+    // From scores, in place.
     const auto find_weights = [&] {
       ptx::pin(weights);
       weights.for_each([&](float& weight, int row, int column) {
         weight = ptx::exp2(weight * scale_log2 - lse_log2(row, column));
       });
-      fill_others(weights, attended_smem[tile.segment] + first_row + warp_row, tile, 0.f);
-      if (tile.mixed) {
-        fill_other_blocks<Config::kWarpgroupRows>(weights, branch, own_part(), tile, 0.f);
+      fill_others(weights, attended_smem[tile().segment] + first_row + warp_row, tile(), 0.f);
+      if (mixed()) {
+        fill_other_blocks<kWarpgroupRows>(weights, branch, own_part(), tile(), 0.f);
       }
     };
-    // From gradients of weights.
+    // From gradients of weights, in place.
     const auto find_dscores = [&] {
       ptx::pin(dscores);
       dscores.for_each(weights, [&](float& dscore, float weight, int row, int column) {
         dscore = weight * (dscore - delta(row, column));
       });
       // A key that no query attends may be NaN, and 0 * NaN is NaN.
-      if (tile.mixed) {
-        fill_other_blocks<Config::kWarpgroupRows>(dscores, branch, own_part(), tile, 0.f);
+      if (mixed()) {
+        fill_other_blocks<kWarpgroupRows>(dscores, branch, own_part(), tile(), 0.f);
       }
     };
     while (more) {
@@ -346,11 +328,11 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
     };
     const auto store = [&](auto& own_smem, const TensorView& target, int head_dim) {
       T* gmem = head_gmem<T>(target, part.batch, target_head);
-      for_each_row<Config::kWarpgroupRows>(
-          branch.queries, part.group, part.first_row, part.rows,
-          [&](int row, int64_t token, bool exists) {
-            store_row(own_smem, row, gmem + token * target.row_stride, head_dim, exists);
-          });
+      for_each_row<kWarpgroupRows>(branch.queries, part.group, part.first_row, part.rows,
+                                   [&](int row, int64_t token, bool exists) {
+                                     store_row(own_smem, row, gmem + token * target.row_stride,
+                                               head_dim, exists);
+                                   });
     };
     sync();  // no warp's wgmma reads the own rows any more
     if (params.accumulate) {
@@ -378,8 +360,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
   auto& smem = *reinterpret_cast<typename Config::SharedMemory*>(shared_memory);
   if (threadIdx.x == 0) {
     constexpr int kWarps = 4 * Config::kConsumers;
-    smem.own_ring.init(2 * 128, kWarps);  // of each lane: its copies, its intervals
-    smem.ring.init(128 + 1, kWarps);      // of each lane: its copies; the tile
+    smem.own_ring.init(2 * 128, kWarps);               // of each lane: its copies, its intervals
+    smem.ring.init(128 + Config::kConsumers, kWarps);  // copies; the tile as each part sees it
     ptx::fence_mbarrier_init();
   }
   __syncthreads();

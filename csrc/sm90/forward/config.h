@@ -8,6 +8,7 @@
 #include "sm90/query_tiles.h"
 #include "sm90/ring.cuh"
 #include "sm90/view_map.h"
+#include "sm90/walk.cuh"
 
 namespace sparse_attn::sm90::forward {
 
@@ -28,16 +29,15 @@ struct Config {
   static constexpr bool kMany = kReach == Reach::many;
   static constexpr bool kSmall = kHeadDim <= 64 && kHeadDimV <= 64;
   static constexpr int kConsumers = kMany && kSmall ? 3 : 2;  // warpgroups that compute
-  static constexpr int kWarpgroupQueries = 64;                // the rows of one wgmma
-  static constexpr int kTileQueries = kConsumers * kWarpgroupQueries;
+  static constexpr int kTileQueries = kConsumers * kWarpgroupRows;
   static constexpr int kTileKeys = kMany ? 128 : 64;
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kKeyStages = kMany && !kSmall ? 2 : 4;  // tiles of keys, and of values
   static constexpr int kQueryStages = 2;  // the next queries load while these are computed
   static constexpr int kCtas = kMany || !kSmall ? 1 : 2;  // on a multiprocessor
   // Of a lane that loads and of one that computes.
-  static constexpr int kLoadRegisters = kConsumers == 3 ? 32 : kCtas == 2 ? 48 : 40;
-  static constexpr int kComputeRegisters = kConsumers == 3 ? 160 : kCtas == 2 ? 96 : 232;
+  static constexpr int kLoadRegisters = kConsumers == 3 ? 32 : kCtas == 2 ? 48 : 56;
+  static constexpr int kComputeRegisters = kConsumers == 3 ? 160 : kCtas == 2 ? 96 : 224;
   // The scores of a tile beside the sums of the one before: if there are registers for both.
   static constexpr bool kOverlap = kCtas == 1;
   // What a CTA starts with is all there is to share.
@@ -49,8 +49,8 @@ struct Config {
 
   struct Queries {
     union {  // the output is written when the queries are no longer read
-      SharedTile<T, kWarpgroupQueries, kHeadDim> q;
-      SharedTile<T, kWarpgroupQueries, kHeadDimV> out;
+      SharedTile<T, kWarpgroupRows, kHeadDim> q;
+      SharedTile<T, kWarpgroupRows, kHeadDimV> out;
     } part[kConsumers];
   };
 
@@ -59,6 +59,8 @@ struct Config {
     SharedTile<T, kTileKeys, kHeadDim> k[kKeyStages];
     SharedTile<T, kTileKeys, kHeadDimV> v[kKeyStages];
     QueryTile query_tile[kQueryStages];  // no row: the last
+    bool any_keys[kQueryStages];
+    SeenTile tile[kKeyStages][kConsumers];  // of the keys at a stage
     Interval attended[kQueryStages][kMaxSegments][kTileQueries];
     RingBarriers<kQueryStages> query_ring;
     RingBarriers<kKeyStages> k_ring;

@@ -31,63 +31,59 @@ __device__ __forceinline__ void load(SharedMemory& smem, const ForwardParams& pa
     const int index = tiles.index(round, blockIdx.x, gridDim.x);
     if (round * gridDim.x >= tiles.count) break;
     if (index >= tiles.count) continue;
-    const QueryTile queries = tiles.at(index, branch.queries);
-    if (queries.rows == 0) continue;
+    const QueryTile found = tiles.at(index, branch.queries);
+    if (found.rows == 0) continue;
     const int stage = query_place.stage;
     uint64_t& full = smem.query_ring.full[stage];
     query_place.wait_empty(smem.query_ring);
     auto& attended_smem = smem.attended[stage];
-    find_attended<32>(attended_smem, branch, queries);
-    if (threadIdx.x == 0) smem.query_tile[stage] = queries;
+    find_attended<32>(attended_smem, branch, found);
+    if (threadIdx.x == 0) smem.query_tile[stage] = found;
+    __syncwarp();
+    const QueryTile& queries = smem.query_tile[stage];  // read when needed: registers are scarce
     const Rows<T> q(maps.q, branch.queries, params.q, params.head_dim, queries.batch, queries.head);
 #pragma unroll 1
-    for (int part = 0; part < Config::kConsumers; ++part) {
-      const int first_row = queries.first_row + part * Config::kWarpgroupQueries;
-      const int end_row =
-          least(first_row + Config::kWarpgroupQueries, queries.first_row + queries.rows);
-      q.template load<32>(smem.queries[stage].part[part].q, full, queries.group, first_row,
-                          end_row);
+    for (int number = 0; number < Config::kConsumers; ++number) {
+      const QueryTile part = part_of(queries, number);
+      q.template load<32>(smem.queries[stage].part[number].q, full, part.group, part.first_row,
+                          part.first_row + part.rows);
     }
+    KeyWalk<Config::kTileKeys, Config::kTileQueries> walk(branch, queries, attended_smem);
+    bool more = walk.next();
+    if (threadIdx.x == 0) smem.any_keys[stage] = more;
     ptx::cp_async_arrive(full);
-    ptx::mbarrier_arrive(full);  // the intervals
+    ptx::mbarrier_arrive(full);  // what was not copied
     query_place.advance();
-    __syncwarp();  // all intervals
 
     const int kv_head = queries.head / (params.heads / params.kv_heads);
-    for_each_key_tile<Config::kTileKeys>(branch, queries, attended_smem, [&](const KeyTile& tile) {
+    while (more) {
+      KeyTile tile = walk.tile;
+      tile.mixed = false;  // of no interest here
+      more = walk.next();  // ahead: the intervals are not read once all tiles are full
       const SequenceView& view = branch.segments[tile.segment].keys;
       const auto load_keys = [&](auto& tile_smem, auto& ring, const ViewMap& map,
                                  const TensorView& tensor, int head_dim) {
-        key_place.wait_empty(ring);
         Rows<T>(map, view, tensor, head_dim, queries.batch, kv_head)
             .template load<32>(tile_smem[key_place.stage], ring.full[key_place.stage],
                                queries.group, tile.first_row, tile.end_row);
         ptx::cp_async_arrive(ring.full[key_place.stage]);
       };
+      key_place.wait_empty(smem.k_ring);
+      if (threadIdx.x < Config::kConsumers) {
+        smem.tile[key_place.stage][threadIdx.x] =
+            as_seen<Config::kTileKeys>(tile, more, queries, threadIdx.x, attended_smem);
+        ptx::mbarrier_arrive(smem.k_ring.full[key_place.stage]);
+      }
       load_keys(smem.k, smem.k_ring, maps.k[tile.segment], params.k, params.head_dim);
+      key_place.wait_empty(smem.v_ring);
       load_keys(smem.v, smem.v_ring, maps.v[tile.segment], params.v, params.head_dim_v);
       key_place.advance();
-    });
+    }
   }
   query_place.wait_empty(smem.query_ring);
   smem.query_tile[query_place.stage].rows = 0;
   ptx::cp_async_arrive(smem.query_ring.full[query_place.stage]);
   ptx::mbarrier_arrive(smem.query_ring.full[query_place.stage]);
-}
-
-// Whether queries of a part attend a tile of keys; sets where the tile is cut for them.
-template <int kTileKeys, class SharedIntervals>
-__device__ __forceinline__ bool attends(KeyTile& tile, const SharedIntervals& attended_smem,
-                                        const Branch& branch, const QueryTile& part,
-                                        int first_row) {
-  if (part.rows == 0) return false;
-  const Interval first = attended_smem[tile.segment][first_row];
-  const Interval last = attended_smem[tile.segment][first_row + part.rows - 1];
-  tile.cut_before = tile.first_row < last.first;
-  tile.cut_after = tile.end_row > first.end || tile.end_row < tile.first_row + kTileKeys;
-  if (tile.end_row <= first.first || tile.first_row >= last.end) return false;
-  // The queries of a part lie in one block.
-  return !tile.mixed || branch.keeps(tile.head, part.first_row, tile.first_row);
 }
 
 // A warpgroup that computes the `number`-th 64 queries of every tile.
@@ -97,7 +93,7 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
   using T = typename Config::Element;
   constexpr int kLaneRows = Config::Output::kLaneRows;
   const Branch& branch = params.branch;
-  const int first_row = number * Config::kWarpgroupQueries;
+  const int first_row = number * kWarpgroupRows;
   const int warp_row = threadIdx.x / 32 % 4 * 16;  // of the part
   const auto sync = [&] { ptx::named_barrier(kComputeBarrier + number, 128); };
   Place<Config::kQueryStages> query_place;
@@ -105,11 +101,9 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
   while (true) {
     const int stage = query_place.stage;
     query_place.wait_full(smem.query_ring);
-    const QueryTile queries = smem.query_tile[stage];
+    const QueryTile& queries = smem.query_tile[stage];
     if (queries.rows == 0) break;
-    QueryTile part = queries;
-    part.first_row += first_row;
-    part.rows = greatest(least(part.rows - first_row, Config::kWarpgroupQueries), 0);
+    const QueryTile part = part_of(queries, number);
     auto& q_smem = smem.queries[stage].part[number].q;
     auto& attended_smem = smem.attended[stage];
 
@@ -119,20 +113,19 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
     typename Config::Output out;
     out.clear();
     OnlineSoftmax<kLaneRows> softmax;
-    KeyWalk<Config::kTileKeys, Config::kTileQueries> walk(branch, queries, attended_smem);
-    // The next tile that this part attends; the others are let go.
-    const auto next_tile = [&] {
-      while (walk.next()) {
-        key_place.wait_full(smem.k_ring);
-        if (attends<Config::kTileKeys>(walk.tile, attended_smem, branch, part, first_row)) {
-          return true;
-        }
-        key_place.arrive_empty(smem.k_ring);
-        key_place.wait_full(smem.v_ring);
-        key_place.arrive_empty(smem.v_ring);
-        key_place.advance();
-      }
-      return false;
+    bool more = smem.any_keys[stage];  // whether there is a tile at key_place
+    const auto tile = [&]() -> const KeyTile& { return smem.tile[key_place.stage][number].tile; };
+    const auto attends_tile = [&] {
+      key_place.wait_full(smem.k_ring);
+      // The queries of a part lie in one block.
+      return tile().exists && branch.keeps(part.head, part.first_row, tile().first_row);
+    };
+    const auto pass_over = [&] {
+      more = smem.tile[key_place.stage][number].more;
+      key_place.arrive_empty(smem.k_ring);
+      key_place.wait_full(smem.v_ring);
+      key_place.arrive_empty(smem.v_ring);
+      key_place.advance();
     };
     Place<Config::kKeyStages> weighed_place;  // of the tile whose weights are taken
     const auto start_scores = [&] {
@@ -143,14 +136,15 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
     // From scores to weights, in place.
     const auto weigh = [&] {
       ptx::pin(scores);
-      key_place.arrive_empty(smem.k_ring);
       float scale_log2 = params.scale * kLog2E;
       if (scale_log2 <= 0.f) {  // the greatest score has not the greatest product
         scores.for_each([&](float& score, int, int) { score *= scale_log2; });
         scale_log2 = 1.f;
       }
-      fill_others(scores, attended_smem[walk.tile.segment] + first_row + warp_row, walk.tile,
+      fill_others(scores, attended_smem[tile().segment] + first_row + warp_row, tile(),
                   minus_infinity());
+      more = smem.tile[key_place.stage][number].more;
+      key_place.arrive_empty(smem.k_ring);
       softmax.update(scores, scale_log2, shrink);
       ptx::pin(scores);
       // Here, not before the sums that need it: ptxas moves no later wait for wgmma above a loop.
@@ -172,13 +166,19 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
       weighed_place = key_place;
       key_place.advance();
     };
-    if constexpr (Config::kOverlap) {
-      if (next_tile()) {
-        start_scores();
-        ptx::wgmma_wait<0>();
-        weigh();
-        take_weights();
-        while (next_tile()) {
+    while (more) {
+      if (!attends_tile()) {
+        pass_over();
+        continue;
+      }
+      start_scores();
+      ptx::wgmma_wait<0>();
+      weigh();
+      take_weights();
+      if constexpr (Config::kOverlap) {
+        // A tile that is passed over ends this: with values in hand there may be no stage to load
+        // the next ones into.
+        while (more && attends_tile()) {
           start_scores();
           start_sums();
           ptx::wgmma_wait<1>();
@@ -186,18 +186,9 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
           end_sums();
           take_weights();
         }
-        start_sums();
-        end_sums();
       }
-    } else {
-      while (next_tile()) {
-        start_scores();
-        ptx::wgmma_wait<0>();
-        weigh();
-        take_weights();
-        start_sums();
-        end_sums();
-      }
+      start_sums();
+      end_sums();
     }
 
     // The output takes the place of the queries.
@@ -222,12 +213,12 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
     }
     finish_rows<T>(out, out_smem, softmax, row_lse_gmem, params.merge);
     sync();
-    for_each_row<Config::kWarpgroupQueries>(branch.queries, part.group, part.first_row, part.rows,
-                                            [&](int row, int64_t token, bool exists) {
-                                              store_row(out_smem, row,
-                                                        out_gmem + token * params.out.row_stride,
-                                                        params.head_dim_v, exists);
-                                            });
+    for_each_row<kWarpgroupRows>(branch.queries, part.group, part.first_row, part.rows,
+                                 [&](int row, int64_t token, bool exists) {
+                                   store_row(out_smem, row,
+                                             out_gmem + token * params.out.row_stride,
+                                             params.head_dim_v, exists);
+                                 });
     ptx::fence_async_proxy();  // between these stores and the next queries
     query_place.arrive_empty(smem.query_ring);
     query_place.advance();
@@ -243,8 +234,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
   auto& smem = *reinterpret_cast<typename Config::SharedMemory*>(shared_memory);
   if (threadIdx.x == 0) {
     constexpr int kWarps = 4 * Config::kConsumers;
-    smem.query_ring.init(2 * 32, kWarps);  // of each lane: its copies, its intervals
-    smem.k_ring.init(32, kWarps);
+    smem.query_ring.init(2 * 32, kWarps);               // of each lane: its copies, its intervals
+    smem.k_ring.init(32 + Config::kConsumers, kWarps);  // and how each part sees the tile
     smem.v_ring.init(32, kWarps);
     ptx::fence_mbarrier_init();
   }

@@ -15,7 +15,7 @@ void launch_reach(const ForwardParams& params) {
   const bool usable = branch.blocks.rows == nullptr;
   ForwardMaps maps;
   maps.q = ViewMap::of(params.q, branch.queries, params.head_dim, params.heads, params.batch,
-                       Config::kWarpgroupQueries, params.element, true);
+                       kWarpgroupRows, params.element, true);
   for (int i = 0; i < branch.segment_count; ++i) {
     const SequenceView& view = branch.segments[i].keys;
     maps.k[i] = ViewMap::of(params.k, view, params.head_dim, params.kv_heads, params.batch,

@@ -24,9 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..decode_plan import attended_keys
 from ..nn import SelfAttention
 from .composition import head_patterns, layer_pattern
 from .config import SparseTransformerConfig
+from .generation import Decoder, sample
 
 NORM_EPS = 1e-5
 
@@ -58,6 +60,23 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x)))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+    # The same in two halves, between which generation and pictures look.
+
+    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What attention reads: each (batch, heads, seq, head_dim)."""
+        parts = self.attention.qkv(self.attention_norm(x)).split(self.attention.widths, dim=-1)
+        heads = (self.attention.heads, self.attention.kv_heads, self.attention.kv_heads)
+        q, k, v = (
+            part.unflatten(-1, (count, -1)).transpose(1, 2)
+            for part, count in zip(parts, heads, strict=True)
+        )
+        return q, k, v
+
+    def add_attended(self, x: Tensor, attended: Tensor) -> Tensor:
+        """H + a(H) + b(H) once attention (batch, heads, seq, head_dim) is done."""
+        x = x + self.dropout(self.attention.out(attended.transpose(1, 2).flatten(2)))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
@@ -154,6 +173,10 @@ class SparseTransformer(nn.Module):
                 x = block(x)
         return x
 
+    def attention_blocks(self) -> list[Block]:
+        """The blocks, in order."""
+        return [block for block in self.blocks if isinstance(block, Block)]
+
     def forward(self, tokens: Tensor) -> Tensor:
         self._check_tokens(tokens)
         x = self.run_blocks(self.embed(tokens), self.config.layers)
@@ -178,18 +201,14 @@ class SparseTransformer(nn.Module):
                 raise ValueError(f"{name} must be in [0, {end}), got {value}")
         with self._evaluating():
             x = self.run_blocks(self.embed(tokens[:, : position + 1]), layer)
-            block = self.blocks[layer]
-            assert isinstance(block, Block)
-            q, k, _ = block.attention.qkv(block.attention_norm(x)).split(
-                block.attention.widths, dim=-1
-            )
-        heads = (self.config.heads, -1)
+            q, k, _ = self.attention_blocks()[layer].queries_keys_values(x)
         dtype = torch.promote_types(q.dtype, torch.float32)
-        query = q[:, -1:].unflatten(-1, heads)[:, :, head].to(dtype)  # (batch, 1, head_dim)
-        keys = k.unflatten(-1, heads)[:, :, head].to(dtype)  # (batch, position + 1, head_dim)
+        query = q[:, head, -1:].to(dtype)  # (batch, 1, head_dim)
+        keys = k[:, head].to(dtype)  # (batch, position + 1, head_dim)
         scores = (query * keys).sum(-1) / math.sqrt(keys.shape[-1])
-        pattern = head_patterns(self.config, layer)[head]
-        seen = pattern.mask(position + 1)[position].to(scores.device)
+        seen = torch.zeros(position + 1, dtype=torch.bool)
+        seen[torch.from_numpy(attended_keys(head_patterns(self.config, layer)[head], position))] = 1
+        seen = seen.to(scores.device)
         weights = scores.masked_fill(~seen, -math.inf).softmax(-1).masked_fill(~seen, 0.0)
         return F.pad(weights.float(), (0, tokens.shape[1] - position - 1))
 
@@ -200,14 +219,16 @@ class SparseTransformer(nn.Module):
         length: int,
         temperature: float = 1.0,
         top_k: int | None = None,
+        top_p: float | None = None,
         generator: torch.Generator | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Tensor:
         """``prompt`` (batch, any length, 0 too) and ``length`` tokens sampled after it.
 
-        Temperature 0 takes the likeliest token; ``top_k`` samples among the k likeliest.
-        ``progress`` is called with the number of tokens made so far. Each token evaluates the
-        model on all tokens before it.
+        Temperature 0 takes the likeliest token; ``top_k`` samples among the k likeliest, ``top_p``
+        among the likeliest whose probabilities add up to it, of these. ``progress`` is called with
+        the number of tokens made so far. The prompt is evaluated once; after it a token costs one
+        step against caches that hold what the patterns still read (`KVCache`).
 
         Raises ValueError for values out of range, or if prompt and length exceed the context.
 
@@ -227,17 +248,23 @@ class SparseTransformer(nn.Module):
             raise ValueError(f"temperature must be at least 0, got {temperature}")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {top_p}")
         if prompt.numel() and not 0 <= int(prompt.min()) <= int(prompt.max()) < self.config.vocab:
             raise ValueError(f"tokens of the prompt must be in [0, {self.config.vocab})")
         tokens = F.pad(prompt, (0, length))
+        if length == 0:
+            return tokens
         with self._evaluating():
-            for position in range(given, given + length):
-                # The token at `position` is not read: it only makes room for its prediction.
-                x = self.run_blocks(self.embed(tokens[:, : position + 1]), self.config.layers)
-                logits = self.logits(self.final_norm(x[:, -1])).float()  # (batch, vocab)
-                tokens[:, position] = sample(logits, temperature, top_k, generator)
+            decoder = Decoder(self, prompt, length)
+            logits = decoder.logits
+            for made in range(1, length + 1):
+                token = sample(logits, temperature, top_k, top_p, generator)
+                tokens[:, given + made - 1] = token
+                if made < length:
+                    logits = decoder.step(token)
                 if progress is not None:
-                    progress(position + 1 - given)
+                    progress(made)
         return tokens
 
     @contextmanager
@@ -260,15 +287,3 @@ class SparseTransformer(nn.Module):
                 f"tokens must be at most {self.config.context} long, the context of the model, "
                 f"got {tokens.shape[1]}"
             )
-
-
-def sample(
-    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
-) -> Tensor:
-    """A token (batch,) drawn from each row of logits (batch, vocab)."""
-    if temperature == 0 or logits.shape[0] == 0:
-        return logits.argmax(-1)
-    candidates, tokens = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))
-    probabilities = (candidates / temperature).softmax(-1)
-    choice = torch.multinomial(probabilities, 1, generator=generator)
-    return tokens.gather(-1, choice).squeeze(-1)
