@@ -24,6 +24,7 @@ import sparse_attn as sa
 from cases import FACTORS, KINDS, Inputs, make_tensor, to_pattern
 from compare import assert_close, assert_same_bits
 from sampled import assert_samples_close
+from sparse_attn.dispatch import choose_backend
 from test_attention import (
     KEY_CASES,
     NATIVE_DTYPES,
@@ -100,8 +101,10 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def skip_without_kernels(x: Inputs, pattern: Any) -> None:
-    if BACKEND == "cuda_sm90" and sa.which_backend(x.q, x.k, x.v, pattern) != BACKEND:
-        pytest.skip("Hopper's own kernels do not run this")
+    try:
+        choose_backend(x.q, x.k, x.v, pattern, BACKEND)
+    except RuntimeError as error:
+        pytest.skip(str(error))
 
 
 def run(x: Inputs, pattern: Any, scale: float | None = None) -> dict[str, torch.Tensor]:

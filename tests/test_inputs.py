@@ -19,6 +19,8 @@ import sparse_attn as sa
 from compare import assert_close
 
 PATTERN = sa.Strided(16)
+BLOCKS = sa.BlockSparse(torch.ones(1, 1, 1, dtype=torch.bool), 64)
+SMALL_BLOCKS = sa.BlockSparse(torch.ones(1, 3, 3, dtype=torch.bool), 16)
 
 
 def tensors(
@@ -379,6 +381,59 @@ def test_driver_too_old(version: int, text: str, monkeypatch: pytest.MonkeyPatch
     refused(RuntimeError, words, dispatch.choose_backend, q, q, q, PATTERN, "cuda")
     name, reason = dispatch.choose_backend(q, q, q, PATTERN)
     assert name == "torch" and reason is not None and re.search(text, reason)
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "pattern", "backend", "wanted"),
+    [
+        ((9, 0), 64, PATTERN, None, "cuda_sm90"),
+        ((9, 0), 64, PATTERN, "cuda", "cuda_sm90"),
+        ((9, 0), 64, PATTERN, "cuda_sm80", "cuda_sm80"),
+        ((9, 0), 32, PATTERN, None, "cuda_sm80"),
+        ((9, 0), 64, BLOCKS, None, "cuda_sm80"),
+        ((9, 0), 64, BLOCKS, "cuda_sm90", "cuda_sm90"),
+        ((8, 0), 64, PATTERN, "cuda", "cuda_sm80"),
+        ((10, 0), 64, PATTERN, None, "cuda_sm80"),
+        ((8, 9), 64, PATTERN, "cuda_sm90", r"backend='cuda_sm90'.*8\.9.*9\.0"),
+        ((9, 0), 32, PATTERN, "cuda_sm90", r"backend='cuda_sm90'.*head_dim 32"),
+        ((9, 0), 64, SMALL_BLOCKS, "cuda_sm90", r"backend='cuda_sm90'.*16.*64"),
+        ((7, 5), 64, PATTERN, "cuda_sm80", r"backend='cuda_sm80'.*7\.5.*8\.0"),
+    ],
+)
+def test_which_kernels(
+    capability: tuple[int, int],
+    head_dim: int,
+    pattern: Any,
+    backend: str | None,
+    wanted: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The GPU, the build and the tensors are stubbed."""
+    from sparse_attn import dispatch
+    from sparse_attn.backends import cuda
+
+    built = SimpleNamespace(
+        build_info=lambda: {"architectures": "80-real;90-real;80-virtual;90a-real"},
+        head_dims=lambda: [(32, 32), (64, 64)],
+        sm90_fits=lambda head_dim, head_dim_v: 32 < head_dim <= 64,
+        max_chunks=4,
+    )
+    monkeypatch.setattr(cuda, "native", lambda: built)
+    monkeypatch.setattr(cuda, "driver_version", lambda: 13000)
+    monkeypatch.setattr(cuda, "_capability", lambda device: capability)
+    cuda._no_kernel.cache_clear()
+    q: Any = SimpleNamespace(
+        is_cuda=True,
+        device=torch.device("cuda", 0),
+        dtype=torch.bfloat16,
+        shape=(2, 4, 33, head_dim),
+    )
+    if "=" in wanted:
+        with pytest.raises(RuntimeError, match=wanted):
+            dispatch.choose_backend(q, q, q, pattern, backend)
+    else:
+        assert dispatch.choose_backend(q, q, q, pattern, backend) == (wanted, None)
+    cuda._no_kernel.cache_clear()
 
 
 @pytest.mark.gpu
