@@ -97,15 +97,15 @@ def writing(kind: str, out: Path, progress: Progress | None = None) -> Iterator[
             writer = Writer(unfinished, progress, stack)
             yield writer
             writer.finish(kind)
-        _sync_folder(unfinished)
+        sync_folder(unfinished)
         os.rename(unfinished, out)  # fails if there is more than an empty folder by now
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    _sync_folder(out.parent)
+    sync_folder(out.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the names in it durable, where folders can be synced."""
     if hasattr(os, "O_DIRECTORY"):
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

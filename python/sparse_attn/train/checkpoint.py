@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.writer import sync_folder
+
 FORMAT = "sparse_attn checkpoint 2"
 
 
@@ -70,7 +72,7 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:
@@ -140,16 +142,6 @@ def _digest(config: str, progress: str, tensors: Mapping[str, Tensor]) -> str:
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name durable, where folders can be synced."""
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def import_safetensors() -> tuple[Any, Any]:
