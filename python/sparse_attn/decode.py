@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,7 @@ from . import _ops
 from .backends import cuda_decode, torch_decode
 from .decode_plan import DecodePlan, decode_plan
 from .dispatch import warn_once
-from .functional import _inputs
+from .functional import _inputs, checked_scale
 from .patterns import Pattern, PerHead, check_size
 
 MAX_NEW_TOKENS = 16
@@ -223,11 +222,7 @@ def decode(
         raise ValueError(
             f"the cache holds {cache.length} tokens, got {new} after {int(cache.position)}"
         )
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float)):
-        raise TypeError(f"scale must be a float or None, got {scale!r}")
-    scale = 1 / math.sqrt(q.shape[3]) if scale is None else float(scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
+    scale = _ops._scale(checked_scale(scale), q)
     name = _choose_backend(q, k_new, v_new, cache, backend)
     out = q.new_empty((*q.shape[:3], cache.head_dim_v))
     if out.numel():

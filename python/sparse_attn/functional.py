@@ -73,12 +73,7 @@ def attention(
     torch.Size([1, 8, 1000, 64])
     """
     q, k, v = _inputs(q, k, v, pattern)
-    if scale is not None:
-        if isinstance(scale, bool) or not isinstance(scale, int | float):
-            raise TypeError(f"scale must be a float or None, got {scale!r}")
-        scale = float(scale)
-        if not math.isfinite(scale):
-            raise ValueError(f"scale must be finite, got {scale}")
+    scale = checked_scale(scale)
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend must be a str or None, got {backend!r}")
     layout = pattern.layout if isinstance(pattern, BlockSparse) else None
@@ -98,6 +93,18 @@ def which_backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pa
     q, k, v = _inputs(q, k, v, pattern)
     _ops.check(q, k, v, pattern)
     return choose_backend(q, k, v, pattern)[0]
+
+
+def checked_scale(scale: float | None) -> float | None:
+    """The factor of the scores as a float; raises unless it is a finite number or None."""
+    if scale is None:
+        return None
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise TypeError(f"scale must be a float or None, got {scale!r}")
+    scale = float(scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    return scale
 
 
 def _inputs(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..patterns import BlockSparse, Pattern, PerHead
-from ..plan import Branch, SequenceView, plan
+from ..plan import Branch, Run, SequenceView, plan
 
 if TYPE_CHECKING:
     from .. import _C
@@ -313,15 +313,19 @@ def _native_plan(rule: Pattern, length: int, transposed: bool) -> tuple[_C.Branc
 
 
 def _native_branch(branch: Branch) -> _C.Branch:
-    run = native().Run(
-        length=branch.run.length,
-        window=branch.run.window,
-        chunks=list(branch.run.chunks),
-        past=branch.run.past,
-        future=branch.run.future,
-    )
+    run = _native_run(branch.run)
     segments = [(_native_view(s.keys), _PARTS[s.part]) for s in branch.segments]
     return native().Branch(_native_view(branch.queries), run, segments, branch.block)
+
+
+def _native_run(run: Run) -> _C.Run:
+    return native().Run(
+        length=run.length,
+        window=run.window,
+        chunks=list(run.chunks),
+        past=run.past,
+        future=run.future,
+    )
 
 
 def _native_view(view: SequenceView) -> _C.SequenceView:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # Keys that a CTA has in flight at head dim 64; with less, parts cost more than they hide.
 _LEAST_PART = 128
 _CTAS_PER_MULTIPROCESSOR = 4
-_MOST_PARTS = 256  # kMaxParts in csrc/decode/params.h
+_MOST_PARTS = 256  # kMaxParts in csrc/decode/decode_params.h
 
 
 def unsupported(
@@ -120,17 +120,13 @@ def _native_reads(plan: DecodePlan) -> list[Any]:
 
 
 def _native_read(read: Read) -> Any:
-    native = cuda.native()
-    run = native.Run(
-        length=read.run.length,
-        window=read.run.window,
-        chunks=list(read.run.chunks),
-        past=read.run.past,
-        future=read.run.future,
+    return cuda.native().DecodeRead(
+        cuda._native_view(read.queries),
+        cuda._native_run(read.run),
+        cuda._native_view(read.segment.keys),
+        cuda._PARTS[read.segment.part],
+        read.store,
     )
-    keys = cuda._native_view(read.segment.keys)
-    part = cuda._PARTS[read.segment.part]
-    return native.DecodeRead(cuda._native_view(read.queries), run, keys, part, read.store)
 
 
 def _native_stores(part: CachedHeads, first_head: int, cache: KVCache) -> Iterator[Any]:
