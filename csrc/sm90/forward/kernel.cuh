@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Hopper forward kernel: one branch of a plan; CTAs that stay and take one tile of 128 queries
-// after another.
+// The Hopper forward kernel: one branch of a plan; CTAs that stay and take one tile of 128 or 192
+// queries after another.
 //
 // One warp loads: the queries of the next tile while these are computed, key and value tiles into
 // rings. Two or three warpgroups compute 64 queries each with wgmma. README.md in this folder has
