@@ -494,7 +494,11 @@ def measure_table2(
 
 
 def time_candidates(part: Part, clock: Clock) -> list[Candidate]:
-    """A few iterations with every dense attention; one that fails has a reason, not a time."""
+    """A few iterations with every dense attention; one that fails has a reason, not a time.
+
+    None is compiled: what surrounds attention takes the same time for all.
+    """
+    part = replace(part, training=replace(part.training, compile=False))
     found = []
     for name, make in dense_candidates(part, clock.device).items():
         free_memory()

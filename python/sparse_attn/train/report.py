@@ -159,7 +159,7 @@ def log_step(board: Any, trainer: Trainer, tokens_per_second: float) -> None:
         "speed/tokens per second": tokens_per_second,
         "speed/peak memory in bytes": peak_memory(trainer.device),
     }
-    if trainer.scaler.is_enabled():
+    if trainer.training.precision == "fp16":
         scalars["optimiser/loss scale"] = trainer.scaler.get_scale()
     for name, value in scalars.items():
         board.add_scalar(name, value, trainer.step_number)

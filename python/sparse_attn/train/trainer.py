@@ -19,7 +19,8 @@ from .precision import autocast
 from .source import Source, check_trains, first_values
 
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
-SMALLEST_SCALE = 1.0  # fp16 gradients that overflow without a loss scale do not recover
+# Of the loss under fp16. Gradients that overflow without a scale do not recover.
+FIRST_SCALE, SMALLEST_SCALE = 2.0**16, 1.0
 
 
 class Trainer:
@@ -56,7 +57,9 @@ class Trainer:
             for block in self.model.blocks:
                 block.compile()
         self.optimiser = _adam(self.model, training)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, init_scale=FIRST_SCALE if training.precision == "fp16" else 1.0
+        )
         self.step_number = 0
         self.losses: list[float] = []  # bits per value of every step's batch
         self.validations: list[tuple[int, float]] = []  # (steps taken, bits per value)
@@ -92,21 +95,22 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = self.learning_rate
         self.optimiser.zero_grad(set_to_none=True)
-        bits = self._backward(self.batch(self.step_number, done))
+        loss = self._backward(self.batch(self.step_number, done))
         self.scaler.unscale_(self.optimiser)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip)
-        self.gradient_norm = norm.item()
+        self.scaler.step(self.optimiser)  # on the device, skipped if a gradient is not finite
+        self.scaler.update(None if self.training.precision == "fp16" else 1.0)
+        # The first look at what the device computes: until here it never waits for the host.
+        bits, self.gradient_norm = loss.item() / math.log(2), norm.item()
         self._check_finite(bits)
-        self.scaler.step(self.optimiser)  # skipped if fp16 gradients overflowed
-        self.scaler.update()
         self._check_scale()
         self.step_number += 1
         self._update_average()
         self.losses.append(bits)
         return bits
 
-    def _backward(self, tokens: Tensor) -> float:
-        """Add the gradients of the mean loss of `tokens`, part by part; the loss in bits."""
+    def _backward(self, tokens: Tensor) -> Tensor:
+        """Add the gradients of the mean loss of `tokens`, part by part; the loss in nats."""
         self.model.train()
         total = torch.zeros((), device=self.device)
         for part in tokens.tensor_split(self.training.accumulation):
@@ -114,10 +118,10 @@ class Trainer:
                 loss = losses(self.model, part).sum() / tokens.numel()
             self.scaler.scale(loss).backward()
             total += loss.detach()
-        return total.item() / math.log(2)
+        return total
 
     def _check_finite(self, bits: float) -> None:
-        """Without a loss scaler to skip the step: stop before the weights take harm."""
+        """Where no other loss scale will help: stop. The weights are those before the step."""
         training = self.training
         if training.precision == "fp16":
             return
@@ -130,7 +134,7 @@ class Trainer:
                 )
 
     def _check_scale(self) -> None:
-        if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
+        if self.scaler.get_scale() < SMALLEST_SCALE:
             raise FloatingPointError(
                 f"the loss or gradients overflow fp16 at step {self.step_number} however small the "
                 "loss scale: try bf16 or fp32, or a smaller learning rate than "
@@ -199,9 +203,8 @@ class Trainer:
         load_weights(saved, self.averaged)
         parameters = dict(self.model.named_parameters())
         for key in ADAM_STATE:
-            device = torch.device("cpu") if key == "step" else self.device
             for name, value in saved.group(f"optimiser.{key}").items():
-                self.optimiser.state[parameters[name]][key] = value.to(device)
+                self.optimiser.state[parameters[name]][key] = value.to(self.device)
         torch.set_rng_state(saved.tensors["random.cpu"])
         if self.device.type == "cuda" and "random.cuda" in saved.tensors:
             torch.cuda.set_rng_state(saved.tensors["random.cuda"], self.device)
@@ -223,4 +226,5 @@ def _adam(model: nn.Module, training: TrainingConfig) -> torch.optim.AdamW:
         ],
         lr=training.learning_rate,
         betas=training.betas,
+        fused=True,  # one kernel, which skips a step without asking the host
     )
