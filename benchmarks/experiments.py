@@ -41,6 +41,7 @@ from sparse_attn.train.trainer import Trainer
 
 from . import peers
 from .cases import Case
+from .checks import Reference
 from .results import FOLDER as RESULTS
 from .results import Growth, Machine, _build, describe_machine
 from .timing import Clock, CpuClock, CudaClock, free_memory, growth_exponent
@@ -63,7 +64,7 @@ MOST_TOKEN_GROWTH = 0.5  # exponent of time per token
 WARM_UP = 3  # steps that are not timed
 CANDIDATE_STEPS = WARM_UP + 5
 LONG_STEPS = WARM_UP + 10
-CHECKED, MOST_ERROR = 1000, 0.02  # tokens, and the share of the norm that bf16 explains
+CHECKED = 1000  # tokens
 VALIDATIONS = 10
 VALIDATION_CONTEXTS = 64
 
@@ -340,7 +341,19 @@ def dense_candidates(part: Part, device: torch.device) -> dict[str, Callable[[],
         candidates["sdpa padded"] = lambda: sdpa_padded
     if device.type != "cuda":
         return candidates
-    case = Case(
+
+    def prepared(peer: peers.Kernel) -> Attend:
+        return peer.prepare(_dense_case(part), device).attend
+
+    for peer in peers.gpu_peers():
+        if isinstance(peer, peers.Kernel) and not peer.only_dense:
+            candidates[peer.name] = partial(prepared, peer)
+    return candidates
+
+
+def _dense_case(part: Part) -> Case:
+    config = part.config
+    return Case(
         part.name,
         "dense",
         Dense(),
@@ -352,36 +365,24 @@ def dense_candidates(part: Part, device: torch.device) -> dict[str, Callable[[],
         PRECISIONS[part.training.precision] or torch.float32,
     )
 
-    def prepared(peer: peers.Kernel) -> Attend:
-        return peer.prepare(case, device).attend
-
-    for peer in peers.gpu_peers():
-        if isinstance(peer, peers.Kernel) and not peer.only_dense:
-            candidates[peer.name] = partial(prepared, peer)
-    return candidates
-
 
 def check_dense(attend: Attend, part: Part, device: torch.device) -> None:
     """Raise RuntimeError if attention or its gradients are not dense, on random data."""
-    config, seq = part.config, min(part.config.context, CHECKED)
-    dtype = PRECISIONS[part.training.precision] or torch.float32
+    case = replace(_dense_case(part), batch=2, seq=min(part.config.context, CHECKED))
     generator = torch.Generator(device).manual_seed(1)
-    widths = (config.qk_width, config.qk_width, config.width, config.width)
-    *inputs, dout = (
-        torch.randn(2, seq, width, device=device, generator=generator)
-        .to(dtype)
-        .unflatten(2, (config.heads, -1))
-        .transpose(1, 2)
-        .requires_grad_()
-        for width in widths
-    )
-    out, exact = attend(*inputs), sdpa(*(x.float() for x in inputs))
-    results = (out, *torch.autograd.grad(out, inputs, dout))
-    wanted = (exact, *torch.autograd.grad(exact, inputs, dout.float()))
-    for name, result, want in zip(("out", "dq", "dk", "dv"), results, wanted, strict=True):
-        error = (result - want).norm() / want.norm()
-        if not error <= MOST_ERROR:
-            raise RuntimeError(f"wrong: {name} is off by {error:.2g} of its norm")
+
+    def random(head_dim: int) -> Tensor:
+        shape = (case.batch, case.seq, case.heads, head_dim)
+        x = torch.randn(shape, device=device, generator=generator).to(case.dtype)
+        return x.transpose(1, 2).requires_grad_()
+
+    q, k, v, dout = map(random, (case.head_dim, case.head_dim, case.head_dim_v, case.head_dim_v))
+    out = attend(q, k, v)
+    results = (out, *torch.autograd.grad(out, (q, k, v), dout))
+    reference = Reference(case, q, k, v, dout)
+    share = reference.error_share(dict(zip(reference.names, results, strict=True)))
+    if not share <= 1:
+        raise RuntimeError(f"wrong: off by {share:.2g} times what is allowed")
 
 
 # Table 2

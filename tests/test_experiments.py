@@ -291,8 +291,7 @@ def test_failing_candidates_have_a_reason(monkeypatch: pytest.MonkeyPatch) -> No
     absent_one, there, *wrong = experiments.time_candidates(part(), timing.CpuClock())
     assert absent_one == Candidate("text", "absent", None, "no such module")
     assert [x.ms for x in wrong] == [None, None]
-    assert wrong[0].reason.startswith("wrong: out is off by")
-    assert wrong[1].reason.startswith("wrong: dk is off by")
+    assert all(candidate.reason.startswith("wrong: off by") for candidate in wrong)
     assert there.attention == "sdpa" and there.ms is not None and there.ms > 0
 
 
