@@ -64,7 +64,8 @@ PATTERNS: dict[str, Pattern] = {
 }
 HEADS, HEAD_DIM = 8, 64
 MOST_KEY_GROWTH = 1.0  # exponent of time against keys, to two decimals
-MOST_RATIO = 1.10  # time at any length / at the shortest, where the number of keys is one
+LEAST_KEY_GROWTH = 2.0  # keys at the longest / at the shortest length; with less no fit
+MOST_RATIO = 1.10  # time per key at any length / at the shortest, where there is no fit
 MOST_CACHES = 1024  # in rotation
 LEAST_CALLS = 64  # in one graph, against the time of its launch
 MEMORY_SHARE = 0.8  # of what is free, for caches
@@ -107,13 +108,13 @@ class Step:
 
 @dataclass
 class KeyGrowth:
-    """time = c * keys^exponent; where the number of keys is one, the time must stay."""
+    """time = c * keys^exponent; where keys hardly grow, the time per key instead."""
 
     pattern: str
     batch: int
     lengths: list[int]
     exponent: float | None
-    ratio: float  # greatest time / time at the shortest length
+    ratio: float  # greatest time per key / that of the shortest length
     limit: str
     passed: bool
 
@@ -136,7 +137,7 @@ class Reading:
 class Slice:
     """Steps of a model at neighbouring positions, the choice of each token too."""
 
-    first: int
+    first: int  # position
     tokens: int
     ms: float  # a token of the whole batch
 
@@ -341,9 +342,10 @@ def key_growth(steps: Sequence[Step]) -> list[KeyGrowth]:
         if len(rows) < 2:
             continue
         keys, times = [row.keys for row in rows], [row.us for row in rows]
-        exponent, ratio = None, max(times) / times[0]
-        limit, passed = f"time <= {MOST_RATIO:g}x the shortest's", ratio <= MOST_RATIO
-        if len(set(keys)) > 1:
+        per_key = [us / count for us, count in zip(times, keys, strict=True)]
+        exponent, ratio = None, max(per_key) / per_key[0]
+        limit, passed = f"<= {MOST_RATIO:g}x", ratio <= MOST_RATIO
+        if keys[-1] >= LEAST_KEY_GROWTH * keys[0]:
             exponent = growth_exponent(keys, times)
             limit, passed = f"<= {MOST_KEY_GROWTH:g}", round(exponent, 2) <= MOST_KEY_GROWTH
         ns = [row.n for row in rows]
@@ -488,7 +490,8 @@ def time_slice(
         logits = decoder.step(sample(logits, 1.0, None, None, None))
     clock.synchronize()
     ms = 1e3 * (time.perf_counter() - begin) / tokens
-    return Slice(first + WARM_UP, tokens, ms), sum(cache.nbytes for cache in decoder.caches)
+    # The start vector has a position too.
+    return Slice(1 + first + WARM_UP, tokens, ms), sum(cache.nbytes for cache in decoder.caches)
 
 
 def slice_starts(context: int, tokens: int) -> list[int]:
@@ -799,8 +802,8 @@ def _step_cells(step: Step, rates: Rates | None) -> tuple[str, ...]:
 def _growth_text(growth: KeyGrowth) -> str:
     wanted = f"(wanted {growth.limit}, {_verdict(growth.passed)})"
     if growth.exponent is None:
-        return f"as many keys at every n, {growth.ratio:.2f}x {wanted}"
-    return f"keys^{growth.exponent:.2f} {wanted}"
+        return f"time per key at most {growth.ratio:.2f}x that of the shortest n {wanted}"
+    return f"time grows as keys^{growth.exponent:.2f} {wanted}"
 
 
 def _show_readings(decoding: Decoding, console: Console) -> None:
@@ -826,7 +829,7 @@ def _show_samples(decoding: Decoding, console: Console) -> None:
     names = ["preset", "attention", "how", "context", "batch", "seconds", "ms a token"]
     names += ["tokens/s", "cache GB", "ms at start", "middle", "end", "estimate, s"]
     rows = []
-    for x in decoding.samples:
+    for x in _by_preset(decoding.samples):
         row = [x.preset, x.attention if x.attention == "dense" else x.pattern]
         row.append("estimated" if x.whole_s is None else "whole")
         row += [f"{x.context:,}", f"{x.batch}", f"{x.seconds:,.1f}", f"{x.ms_per_token:.3f}"]
@@ -834,6 +837,10 @@ def _show_samples(decoding: Decoding, console: Console) -> None:
         row += [f"{part.ms:.3f}" for part in x.slices]
         rows.append([*row, f"{x.estimate_s:,.1f}"])
     _print_table(console, "samples, random weights", names, rows, 3)
+
+
+def _by_preset(rows: Sequence[Sample]) -> list[Sample]:
+    return sorted(rows, key=lambda row: row.preset)
 
 
 def _show_music(decoding: Decoding, console: Console) -> None:
@@ -850,9 +857,7 @@ def _show_music(decoding: Decoding, console: Console) -> None:
         )
         for x in decoding.music
     ]
-    parameters = f"{decoding.music[0].parameters / 1e6:.1f}M to "
-    parameters += f"{decoding.music[-1].parameters / 1e6:.1f}M parameters"
-    title = f"the last tokens of n, smallest music preset ({parameters}), batch {MUSIC_BATCH}"
+    title = f"tokens at the end of n, 3M music preset, batch {MUSIC_BATCH}"
     _print_table(console, title, names, rows, 0)
     if (growth := decoding.music_growth) is not None:
         verdict = _verdict(growth.passed)
@@ -867,15 +872,18 @@ def draw(decoding: Decoding, folder: Path) -> Path:
     for batch in dict.fromkeys(step.batch for step in decoding.steps):
         rows = [step for step in decoding.steps if step.batch == batch]
         panels.append(partial(_steps_panel, rows=rows))
-    if decoding.readings:
+    if any(x.ratio is not None for x in decoding.readings):
         panels.append(partial(_readings_panel, decoding=decoding))
     if decoding.samples:
-        panels.append(partial(_samples_panel, rows=decoding.samples))
+        panels.append(partial(_samples_panel, rows=_by_preset(decoding.samples)))
     if decoding.music:
         panels.append(partial(_music_panel, rows=decoding.music))
-    figure = Figure(figsize=(5.2 * max(len(panels), 1), 4.5), layout="constrained")
+    columns = min(max(len(panels), 1), 3)
+    rows_of_panels = -(-len(panels) // columns)
+    size = (5.2 * columns, 4.2 * max(rows_of_panels, 1))
+    figure = Figure(figsize=size, layout="constrained")
     for number, panel in enumerate(panels):
-        panel(figure.add_subplot(1, len(panels), number + 1))
+        panel(figure.add_subplot(rows_of_panels, columns, number + 1))
     figure.suptitle(f"{decoding.machine.device}, {decoding.dtype}")
     path = (folder / file_name(decoding.kind, decoding.machine)).with_suffix(".png")
     figure.savefig(path, dpi=120)
@@ -899,8 +907,7 @@ def _readings_panel(axes: Axes, decoding: Decoding) -> None:
     axes.axvline(MOST_READ, color="black", linewidth=0.8, linestyle="--")
     axes.invert_yaxis()
     axes.set_xlabel("bytes read / needed (dashed: wanted at most)")
-    title = f"one step from memory, n {decoding.readings_n:,}"
-    axes.set_title("not measured" if decoding.not_read else title, size=10)
+    axes.set_title(f"one step from memory, n {decoding.readings_n:,}", size=10)
 
 
 def _samples_panel(axes: Axes, rows: Sequence[Sample]) -> None:
@@ -918,15 +925,16 @@ def _samples_panel(axes: Axes, rows: Sequence[Sample]) -> None:
 def _music_panel(axes: Axes, rows: Sequence[MusicStep]) -> None:
     contexts, first = [row.context for row in rows], rows[0]
     root = [first.last.ms * math.sqrt(n / first.context) for n in contexts]
-    axes.loglog(contexts, root, "k--", label="sqrt(n)")
-    axes.loglog(contexts, [row.last.ms for row in rows], marker="o", label="token")
+    axes.semilogx(contexts, root, "k--", label="sqrt(n)")
+    axes.semilogx(contexts, [row.last.ms for row in rows], marker="o", label="token")
     _length_axis(axes, contexts)
+    axes.set_ylim(0)
     axes.set_ylabel("ms a token")
-    axes.set_title(f"smallest music preset, batch {MUSIC_BATCH}", size=10)
+    axes.set_title(f"3M music preset, batch {MUSIC_BATCH}", size=10)
     axes.legend(fontsize=8)
 
 
 def _length_axis(axes: Axes, ns: Sequence[int]) -> None:
     axes.set_xticks(ns, [f"{n:,}" for n in ns], size=7)
-    axes.minorticks_off()
+    axes.set_xticks([], minor=True)
     axes.set_xlabel("n")
