@@ -78,8 +78,7 @@ NCU_SECONDS = 180
 WARM_UP = 3  # steps: kernels are loaded, the graph is captured, and replayed once
 MUSIC_BATCH = 1
 
-PartName = Literal["attention", "bytes", "models", "music"]
-PARTS: tuple[PartName, ...] = ("attention", "bytes", "models", "music")
+PARTS = ("attention", "bytes", "models", "music")
 PRESETS = ("cifar10", "enwik8")
 
 
@@ -219,7 +218,7 @@ def read(path: Path) -> Decoding:
     document = json.loads(path.read_text())
     known = isinstance(document, dict) and document.get("kind") == "decode"
     if not known or document.get("schema") != SCHEMA:
-        raise ValueError(f"{path} does not hold a decode of schema {SCHEMA}")
+        raise ValueError(f"{path} does not hold results of decode, schema {SCHEMA}")
     decoding = _build(Decoding, document, path.name)
     assert isinstance(decoding, Decoding)
     return decoding
