@@ -409,7 +409,8 @@ def read_bytes(dtype: torch.dtype, device: torch.device) -> tuple[list[Reading],
         reason = f"ncu saw {len(counts)} kernels, wanted {len(cases)}"
     if reason:
         return [reading_of(case, dtype, None) for case in cases], reason
-    return [reading_of(*each) for each in zip(cases, [dtype] * len(cases), counts, strict=True)], ""
+    pairs = zip(cases, counts, strict=True)
+    return [reading_of(case, dtype, count) for case, count in pairs], ""
 
 
 def _count_bytes(device: torch.device) -> tuple[list[int], str]:
@@ -436,9 +437,9 @@ def _count_bytes(device: torch.device) -> tuple[list[int], str]:
 
 
 def ncu_command(ncu: str) -> list[str]:
+    plain = ["--csv", "--print-units", "base", "--clock-control", "none"]
     wanted = ["--metrics", METRIC, "--kernel-name", f"regex:{KERNEL}"]
     this = [sys.executable, "-m", "benchmarks", "decode", "--once"]
-    plain = ["--csv", "--print-units", "base", "--clock-control", "none"]
     return [ncu, *plain, *wanted, *this]
 
 
