@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch._functorch import config as functorch_config
 
-from . import cases, experiments, peers, report, run, timing
+from . import cases, decoding, experiments, peers, report, run, timing
 from .results import FOLDER, OURS, Growth, Kind, Results, describe_machine, read
 
 # The most that strided and fixed may grow at a stride of sqrt(n), and the least of dense.
@@ -31,6 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if arguments.command in experiments.KINDS:
         return experiments.main(arguments, console)
+    if arguments.command == "decode":
+        return decoding.main(arguments, console)
+    if arguments.command == "show" and arguments.file.name.startswith("decode-"):
+        found = decoding.read(arguments.file)
+        decoding.show(found, console)
+        console.print(f"wrote {decoding.draw(found, arguments.file.parent)}")
+        return 0
     if arguments.command == "show" and arguments.file.name.startswith(tuple(experiments.KINDS)):
         experiment = experiments.read(arguments.file)
         experiments.show(experiment, console)
@@ -177,6 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tables", default="", help="d64, d128, blocks, other, memory, long")
     sweep.set_defaults(cpu=False, tables="")
     experiments.add_commands(commands)
+    decoding.add_command(commands)
     comparison = commands.add_parser("compare", help="ratios of two results files")
     comparison.add_argument("old", type=Path)
     comparison.add_argument("new", type=Path)

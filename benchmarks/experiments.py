@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -43,7 +42,7 @@ from . import peers
 from .cases import Case
 from .checks import Reference
 from .results import FOLDER as RESULTS
-from .results import Growth, Machine, _build, describe_machine
+from .results import Growth, Machine, _build, describe_machine, file_name
 from .timing import Clock, CpuClock, CudaClock, free_memory, growth_exponent
 
 if TYPE_CHECKING:
@@ -168,14 +167,9 @@ Experiment = Table2 | Million
 KINDS = {"table2": Table2, "million": Million}
 
 
-def file_name(experiment: Experiment) -> str:
-    device = re.sub(r"[^a-z0-9]+", "-", experiment.machine.device.lower()).strip("-")
-    return f"{experiment.kind}-{device}.json"
-
-
 def write(experiment: Experiment, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / file_name(experiment)
+    path = folder / file_name(experiment.kind, experiment.machine)
     path.write_text(json.dumps(dataclasses.asdict(experiment), indent=1, allow_nan=False) + "\n")
     return path
 
@@ -859,7 +853,7 @@ COLOURS = {"dense": "#d62728", "fixed": "#1f77b4", "strided": "#2ca02c", "identi
 def draw(experiment: Experiment, folder: Path) -> Path:
     """Writes the chart of an experiment beside it, as PNG."""
     figure = _curves(experiment) if isinstance(experiment, Table2) else _token_times(experiment)
-    path = (folder / file_name(experiment)).with_suffix(".png")
+    path = (folder / file_name(experiment.kind, experiment.machine)).with_suffix(".png")
     figure.savefig(path, dpi=120)
     return path
 

@@ -139,8 +139,12 @@ class Results:
 
     @property
     def file_name(self) -> str:
-        device = re.sub(r"[^a-z0-9]+", "-", self.machine.device.lower()).strip("-")
-        return f"{self.kind}-{device}.json"
+        return file_name(self.kind, self.machine)
+
+
+def file_name(kind: str, machine: Machine) -> str:
+    device = re.sub(r"[^a-z0-9]+", "-", machine.device.lower()).strip("-")
+    return f"{kind}-{device}.json"
 
 
 def read(path: Path) -> Results:
