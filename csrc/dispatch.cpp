@@ -155,9 +155,7 @@ std::vector<std::pair<int, int>> head_dims() {
 }
 
 bool sm90_fits(int head_dim, int head_dim_v) {
-  const auto* sm80 = find(kForwardSm80, Element::float16, head_dim, head_dim_v);
-  const auto* sm90 = find(kForwardSm90, Element::float16, head_dim, head_dim_v);
-  return sm80 != nullptr && sm90 != nullptr && sm90->size() <= sm80->size();
+  return find(kForwardSm90, Element::float16, head_dim, head_dim_v) != nullptr;
 }
 
 int driver_version() {

@@ -27,8 +27,8 @@ void decode_finish(const DecodeParams& params);
 // that holds both.
 std::vector<std::pair<int, int>> head_dims();
 
-// Whether the kernels of compute capability 9.0 are built and as small a pair of theirs holds these
-// head dims.
+// Whether the kernels of compute capability 9.0 are built and a pair of theirs holds these head
+// dims. Wider rows than needed cost them less than the portable kernels' own width (96 in 128).
 bool sm90_fits(int head_dim, int head_dim_v);
 
 // CUDA version that the driver supports (13000 for 13.0); 0 without a driver.

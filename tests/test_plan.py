@@ -217,12 +217,15 @@ def assert_native_covers(
                 branch.with_blocks(rows=rows.ctypes.data, words=rows.shape[2], head_stride=0)
                 for branch in branches
             )
-        counts = native_cover(branches, n, tiles)
-        wrong = np.argwhere(counts != wanted.numpy())
-        assert not len(wrong), (
-            f"tiles {tiles}, transposed {is_transposed}: {len(wrong)} pairs; first "
-            f"{tuple(wrong[0])} is attended {counts[tuple(wrong[0])]} times"
-        )
+        together = [branch.with_short_groups_together(tiles[0]) for branch in branches]
+        for listed in (branches, together):
+            counts = native_cover(listed, n, tiles)
+            wrong = np.argwhere(counts != wanted.numpy())
+            assert not len(wrong), (
+                f"tiles {tiles}, transposed {is_transposed}, together {listed is together}: "
+                f"{len(wrong)} pairs; first {tuple(wrong[0])} is attended "
+                f"{counts[tuple(wrong[0])]} times"
+            )
 
 
 @needs_native

@@ -39,6 +39,7 @@ inline std::vector<uint8_t> cover(const std::vector<Branch>& branches, int lengt
             if (tile.cut_before && key_row < attended.first) continue;
             if (tile.cut_after && key_row >= attended.end) continue;
             if (tile.mixed && !branch.keeps(0, query, key_row)) continue;
+            if ((row - key_row) % branch.residues != 0) continue;
             const int key = segment.keys.position(queries.group, key_row);
             ++counts[static_cast<size_t>(query) * length + key];
           }

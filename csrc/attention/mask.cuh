@@ -47,6 +47,18 @@ __device__ __forceinline__ void fill_others(Pairs& pairs, const Interval* attend
   }
 }
 
+// Likewise where a pair is of different residues. The own rows of a warp start with a residue 0.
+template <class Pairs>
+__device__ __forceinline__ void fill_other_residues(Pairs& pairs, int residues, int first_row,
+                                                    float value) {
+  const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+  const int distance = first_row + column - row, mask = residues - 1;
+  const bool others[] = {(distance & mask) != 0, (distance + 1 & mask) != 0};
+  pairs.for_each([&](float& pair, int, int column) {
+    if (others[column % 2]) pair = value;
+  });
+}
+
 // Likewise where the blocks of a branch leave a pair out, for a tile of kRows own rows. Own rows
 // are tokens in this case.
 template <int kRows, class Pairs>

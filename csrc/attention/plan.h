@@ -22,6 +22,8 @@ namespace sparse_attn {
 constexpr int kMaxSegments = 3;
 // Chunk lengths in one run, none a multiple of another.
 constexpr int kMaxChunks = 4;
+// Neighbouring residues in one group: the rows of a lane differ by 8, which the mask makes use of.
+constexpr int kMostResidues = 8;
 
 HOST_DEVICE int least(int a, int b) { return a < b ? a : b; }
 HOST_DEVICE int greatest(int a, int b) { return a > b ? a : b; }
@@ -201,6 +203,8 @@ struct Branch {
   Segment segments[kMaxSegments];
   int segment_count;
   Blocks blocks;
+  // So many neighbouring residues are one group, a power of 2: a query attends the keys of its own.
+  int residues = 1;
 
   // Whether the blocks of a head let a query attend a key.
   HOST_DEVICE bool keeps(int head, int query, int key) const {

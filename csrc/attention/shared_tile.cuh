@@ -9,14 +9,15 @@ namespace sparse_attn {
 // kRows rows of kColumns 16-bit elements, in panels of 64 columns where these divide kColumns. The
 // 16-byte vectors of a panel's row are permuted by the row, so that eight lanes that read one
 // vector column of eight rows (ldmatrix) meet all 32 banks. Panels of 64 columns are what wgmma
-// calls the 128-byte swizzle.
+// and tensor maps call the 128-byte swizzle; of 32, the 64-byte swizzle.
 template <class T, int kRows_, int kColumns_>
 struct alignas(1024) SharedTile {
   static constexpr int kRows = kRows_;
   static constexpr int kColumns = kColumns_;
   static constexpr int kVectors = kColumns / 8;  // of 16 bytes in a row
   static constexpr int kPanelVectors = kVectors % 8 == 0 ? 8 : kVectors;
-  static constexpr int kPanelElements = kRows * kPanelVectors * 8;
+  static constexpr int kPanelColumns = kPanelVectors * 8;
+  static constexpr int kPanelElements = kRows * kPanelColumns;
   static_assert(sizeof(T) == 2 && kVectors % 4 == 0, "a row must be whole half bank lines");
 
   T elements[kRows * kColumns];

@@ -40,13 +40,13 @@ __device__ __forceinline__ void pin(Tile& tile) {
   tile.for_each([](float& element, int, int) { asm volatile("" : "+f"(element)::"memory"); });
 }
 
-// An operand in shared memory with the 128-byte swizzle. `group_bytes`: from eight rows to the next
-// eight; `panel_bytes`: from 64 columns to the next 64, for an operand read across its rows.
-__device__ __forceinline__ uint64_t wgmma_operand(const void* smem, int group_bytes,
+// An operand in shared memory, rows of 128 or 64 bytes with the swizzle of as many. `panel_bytes`:
+// from the columns of a row to those that follow, for an operand read across its rows.
+__device__ __forceinline__ uint64_t wgmma_operand(const void* smem, int row_bytes,
                                                   int panel_bytes) {
-  const uint64_t address = shared_address(smem);
+  const uint64_t address = shared_address(smem), swizzle = row_bytes == 128 ? 1 : 2;
   return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(panel_bytes >> 4) << 16 |
-         static_cast<uint64_t>(group_bytes >> 4) << 32 | uint64_t{1} << 62;
+         static_cast<uint64_t>(8 * row_bytes >> 4) << 32 | swizzle << 62;
 }
 
 // The operand `bytes` further on.
@@ -56,19 +56,27 @@ __device__ __forceinline__ uint64_t moved(uint64_t operand, int bytes) {
 
 // Accumulators of eight columns, and of all; `c`: "+f", or "=f" where they are only written.
 #define SUM_8(c, j) c(sum.at[0][j][0]), c(sum.at[0][j][1]), c(sum.at[0][j][2]), c(sum.at[0][j][3])
-#define SUM_64(c)                                                                            \
-  SUM_8(c, 0), SUM_8(c, 1), SUM_8(c, 2), SUM_8(c, 3), SUM_8(c, 4), SUM_8(c, 5), SUM_8(c, 6), \
-      SUM_8(c, 7)
-#define SUM_128(c)                                                                             \
-  SUM_64(c), SUM_8(c, 8), SUM_8(c, 9), SUM_8(c, 10), SUM_8(c, 11), SUM_8(c, 12), SUM_8(c, 13), \
-      SUM_8(c, 14), SUM_8(c, 15)
-#define NAMES_64                                                                               \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
-  "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define SUM_32_AT(c, j) SUM_8(c, j), SUM_8(c, j + 1), SUM_8(c, j + 2), SUM_8(c, j + 3)
+#define SUM_32(c) SUM_32_AT(c, 0)
+#define SUM_64(c) SUM_32(c), SUM_32_AT(c, 4)
+#define SUM_128(c) SUM_64(c), SUM_32_AT(c, 8), SUM_32_AT(c, 12)
+#define SUM_256(c) \
+  SUM_128(c), SUM_32_AT(c, 16), SUM_32_AT(c, 20), SUM_32_AT(c, 24), SUM_32_AT(c, 28)
+#define NAMES_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define NAMES_64 \
+  NAMES_32       \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define NAMES_128                                                                           \
   NAMES_64                                                                                  \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, " \
   "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define NAMES_256                                                                           \
+  NAMES_128                                                                                 \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, " \
+  "%81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, "   \
+  "%98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "      \
+  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, "    \
+  "%126, %127"
 
 // shape: columns of b; element: f16 or bf16; add: "1" or "0"; operands: of a and b, then
 // transpositions.
@@ -106,22 +114,30 @@ __device__ __forceinline__ uint64_t moved(uint64_t operand, int bytes) {
     }                                                                                             \
   }
 
-// sum = a b^T, or sum += a b^T: 16 columns of 64 rows of a and of 64 or 128 rows of b.
+// sum = a b^T, or sum += a b^T: 16 columns of 64 rows of a and of 32, 64 or 128 rows of b.
+DEFINE_TRANSPOSED(32, "%16, %17, p, 1, 1, 0, 0")
 DEFINE_TRANSPOSED(64, "%32, %33, p, 1, 1, 0, 0")
 DEFINE_TRANSPOSED(128, "%64, %65, p, 1, 1, 0, 0")
 
-// sum += a b: 16 columns of 64 rows of a, 16 rows of b of 64 or 128 columns. A warp holds its 16
+// sum += a b: 16 columns of 64 rows of a, 16 rows of b of 32 to 256 columns. A warp holds its 16
 // rows of a in the registers of mma_m16n8k16.
+DEFINE_ADD(32, "{%16, %17, %18, %19}, %20, p, 1, 1, 1")
 DEFINE_ADD(64, "{%32, %33, %34, %35}, %36, p, 1, 1, 1")
 DEFINE_ADD(128, "{%64, %65, %66, %67}, %68, p, 1, 1, 1")
+DEFINE_ADD(256, "{%128, %129, %130, %131}, %132, p, 1, 1, 1")
 
 #undef DEFINE_ADD
 #undef DEFINE_TRANSPOSED
 #undef WGMMA
+#undef NAMES_256
 #undef NAMES_128
 #undef NAMES_64
+#undef NAMES_32
+#undef SUM_256
 #undef SUM_128
 #undef SUM_64
+#undef SUM_32
+#undef SUM_32_AT
 #undef SUM_8
 
 }  // namespace sparse_attn::ptx

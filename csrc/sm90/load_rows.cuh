@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of a strided view on their way to and from shared memory. Eight threads share a row.
+// Rows of a strided view on their way to and from shared memory.
 #pragma once
 
 #include "attention/tile_copy.cuh"
@@ -9,14 +9,18 @@
 
 namespace sparse_attn::sm90 {
 
-// f(row of the tile, its token, whether it exists) for this thread's rows of a tile of kRows, of
-// which `rows` exist.
-template <int kRows, int kThreads = 128, class F>
+// The threads that share a row, 16 bytes each at a time.
+template <class Tile>
+constexpr int kRowThreads = Tile::kVectors < 8 ? Tile::kVectors : 8;
+
+// f(row of the tile, its token, whether it exists) for this thread's rows of a tile, of which
+// `rows` exist.
+template <class Tile, int kThreads = 128, class F>
 __device__ __forceinline__ void for_each_row(const SequenceView& view, int group, int first_row,
                                              int rows, F f) {
 #pragma unroll(kThreads == 32 ? 1 : 2)  // a warp that loads has few registers
-  for (int i = 0; i < kRows; i += kThreads / 8) {
-    const int row = i + threadIdx.x % kThreads / 8;
+  for (int i = 0; i < Tile::kRows; i += kThreads / kRowThreads<Tile>) {
+    const int row = i + threadIdx.x % kThreads / kRowThreads<Tile>;
     f(row, view.position(group, first_row + row), row < rows);
   }
 }
@@ -25,9 +29,10 @@ __device__ __forceinline__ void for_each_row(const SequenceView& view, int group
 template <class T, class Tile>
 __device__ __forceinline__ void load_row(Tile& tile_smem, int row, const T* row_gmem, int head_dim,
                                          bool exists) {
-  const int thread_vector = threadIdx.x % 8;
+  const int first_vector = threadIdx.x % kRowThreads<Tile>;
 #pragma unroll
-  for (int vector = thread_vector; vector < thread_vector + Tile::kVectors; vector += 8) {
+  for (int i = 0; i < Tile::kVectors; i += kRowThreads<Tile>) {
+    const int vector = i + first_vector;
     ptx::cp_async_16(tile_smem.at(row, vector), row_gmem + vector * 8,
                      exists && vector * 8 < head_dim);
   }
@@ -64,13 +69,13 @@ struct Rows {
       if (threadIdx.x % kThreads != 0) return;
       ptx::mbarrier_expect(full, sizeof(tile_smem.elements));
 #pragma unroll
-      for (int panel = 0; panel < Tile::kColumns / 64; ++panel) {
-        ptx::tma_load(tile_smem.elements + panel * Tile::kPanelElements, map.map, panel * 64,
-                      group * map.group_step + first_row % map.run, first_row / map.run, head,
-                      batch, full);
+      for (int panel = 0; panel < Tile::kColumns / Tile::kPanelColumns; ++panel) {
+        ptx::tma_load(tile_smem.elements + panel * Tile::kPanelElements, map.map,
+                      panel * Tile::kPanelColumns, group * map.group_step + first_row % map.run,
+                      first_row / map.run, head, batch, full);
       }
     } else {
-      for_each_row<Tile::kRows, kThreads>(
+      for_each_row<Tile, kThreads>(
           view, group, first_row, end_row - first_row, [&](int row, int64_t token, bool exists) {
             load_row(tile_smem, row, gmem + token * row_stride, head_dim, exists);
           });
@@ -82,9 +87,10 @@ struct Rows {
 template <class T, class Tile>
 __device__ __forceinline__ void store_row(Tile& tile_smem, int row, T* row_gmem, int head_dim,
                                           bool exists) {
-  const int thread_vector = threadIdx.x % 8;
+  const int first_vector = threadIdx.x % kRowThreads<Tile>;
 #pragma unroll
-  for (int vector = thread_vector; vector < thread_vector + Tile::kVectors; vector += 8) {
+  for (int i = 0; i < Tile::kVectors; i += kRowThreads<Tile>) {
+    const int vector = i + first_vector;
     if (exists && vector * 8 < head_dim) {
       *reinterpret_cast<uint4*>(row_gmem + vector * 8) =
           *reinterpret_cast<const uint4*>(tile_smem.at(row, vector));

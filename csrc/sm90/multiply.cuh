@@ -8,20 +8,25 @@
 
 namespace sparse_attn::sm90 {
 
-constexpr int kSwizzleGroupBytes = 8 * 128;  // eight rows of a panel of 64 columns
+// A tile as an operand of wgmma.
+template <class Tile>
+__device__ __forceinline__ uint64_t operand(const Tile& tile_smem) {
+  static_assert(Tile::kPanelColumns == 64 || Tile::kPanelColumns == 32);
+  return ptx::wgmma_operand(tile_smem.elements, Tile::kPanelColumns * 2, Tile::kPanelElements * 2);
+}
 
 // Starts product = a b^T, for all rows of two tiles.
 template <class T, class Product, class TileA, class TileB>
 __device__ __forceinline__ void start_multiply_transposed(Product& product, const TileA& a_smem,
                                                           const TileB& b_smem) {
   static_assert(TileA::kRows == 64 && TileB::kRows == Product::kColumns);
-  static_assert(TileA::kColumns == TileB::kColumns && TileA::kColumns % 64 == 0);
-  const uint64_t a = ptx::wgmma_operand(a_smem.elements, kSwizzleGroupBytes, 0);
-  const uint64_t b = ptx::wgmma_operand(b_smem.elements, kSwizzleGroupBytes, 0);
+  static_assert(TileA::kColumns == TileB::kColumns);
+  constexpr int kPanel = TileA::kPanelColumns;
+  const uint64_t a = operand(a_smem), b = operand(b_smem);
 #pragma unroll
   for (int column = 0; column < TileA::kColumns; column += 16) {
     const auto bytes = [column](int panel_elements) {
-      return (column / 64 * panel_elements + column % 64) * int{sizeof(T)};
+      return (column / kPanel * panel_elements + column % kPanel) * int{sizeof(T)};
     };
     const uint64_t a_operand = ptx::moved(a, bytes(TileA::kPanelElements));
     const uint64_t b_operand = ptx::moved(b, bytes(TileB::kPanelElements));
@@ -60,11 +65,10 @@ template <class T, class Sum, class TileA, class TileB>
 __device__ __forceinline__ void start_multiply_add(Sum& sum, const Rounded<T, TileA>& a,
                                                    const TileB& b_smem) {
   static_assert(TileB::kRows == TileA::kColumns && TileB::kColumns == Sum::kColumns);
-  const uint64_t b = ptx::wgmma_operand(b_smem.elements, kSwizzleGroupBytes,
-                                        TileB::kPanelElements * int{sizeof(T)});
+  const uint64_t b = operand(b_smem);
 #pragma unroll
   for (int i = 0; i < TileA::kColumns / 16; ++i) {  // 16 rows of b
-    ptx::wgmma_add<T>(sum, a.at[i], ptx::moved(b, i * 16 * 64 * int{sizeof(T)}));
+    ptx::wgmma_add<T>(sum, a.at[i], ptx::moved(b, i * 16 * TileB::kPanelColumns * int{sizeof(T)}));
   }
   ptx::wgmma_commit();
 }

@@ -23,7 +23,7 @@ PFN_cuTensorMapEncodeTiled_v12000 encoder() {
 }  // namespace
 
 ViewMap ViewMap::of(const TensorView& tensor, const SequenceView& view, int head_dim, int heads,
-                    int batch, int tile_rows, Element element, bool usable) {
+                    int batch, int tile_rows, int panel_columns, Element element, bool usable) {
   const int run = view.run.value, run_stride = view.run_stride.value;
   const bool neighbours = run == 1 && run_stride == 1;
   // Places in a run, runs, and the tile's part of either.
@@ -36,13 +36,12 @@ ViewMap ViewMap::of(const TensorView& tensor, const SequenceView& view, int head
     places = view.length - view.offset, runs = 1;
     box_places = tile_rows, box_runs = 1;
   } else {
-    places = run > 1 ? run : view.groups;
-    runs = run > 1 ? view.max_rows / run : view.rows(view.groups - 1);
+    places = run * view.groups;
+    runs = view.rows(view.groups - 1) / run;
     result.rows = runs * run;
     result.run = view.run;
     box_places = run, box_runs = tile_rows / run;
-    usable = usable && tile_rows % run == 0 && (run == 1 || view.groups == 1) &&
-             (view.groups == 1 || view.group_step == 1);
+    usable = usable && tile_rows % run == 0 && (view.groups == 1 || view.group_step == run);
   }
   result.first = neighbours ? Divisor::of(1) : view.run;
   result.group_step = view.group_step;
@@ -58,8 +57,9 @@ ViewMap ViewMap::of(const TensorView& tensor, const SequenceView& view, int head
   const cuuint64_t strides[] = {
       bytes(places, tensor.row_stride), bytes(runs, int64_t{tensor.row_stride} * run_stride),
       bytes(heads, tensor.head_stride), bytes(batch, tensor.batch_stride)};
-  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_places),
-                            static_cast<cuuint32_t>(box_runs), 1, 1};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(panel_columns),
+                            static_cast<cuuint32_t>(box_places), static_cast<cuuint32_t>(box_runs),
+                            1, 1};
   const cuuint32_t steps[] = {1, 1, 1, 1, 1};
   char* base = static_cast<char*>(tensor.data) + int64_t{view.offset} * tensor.row_stride * 2;
   const CUresult status =
@@ -67,8 +67,8 @@ ViewMap ViewMap::of(const TensorView& tensor, const SequenceView& view, int head
                 element == Element::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                             : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
                 5, base, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                panel_columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) result.rows = 0;  // such as the stride 0 of an expanded tensor
   return result;
 }

@@ -8,7 +8,7 @@
 
 namespace sparse_attn::sm90 {
 
-// Tiles of some rows and 64 columns, in the layout of SharedTile. The map has the dimensions
+// Tiles of some rows and the columns of a panel, as SharedTile has them. The map has the dimensions
 // (column, place in a run, run, head, batch); runs are those of the view, or the whole sequence
 // where rows are neighbours.
 struct ViewMap {
@@ -22,9 +22,17 @@ struct ViewMap {
     return end_row <= rows && first_row % first == 0;
   }
 
-  // No rows where a view is none of the kinds above, or `usable` is false.
+  // For tiles of some type. No rows where a view is none of the kinds above, or `usable` is false.
+  template <class Tile>
   static ViewMap of(const TensorView& tensor, const SequenceView& view, int head_dim, int heads,
-                    int batch, int tile_rows, Element element, bool usable);
+                    int batch, Element element, bool usable) {
+    return of(tensor, view, head_dim, heads, batch, Tile::kRows, Tile::kPanelColumns, element,
+              usable);
+  }
+
+ private:
+  static ViewMap of(const TensorView& tensor, const SequenceView& view, int head_dim, int heads,
+                    int batch, int tile_rows, int panel_columns, Element element, bool usable);
 };
 
 }  // namespace sparse_attn::sm90

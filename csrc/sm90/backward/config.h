@@ -18,25 +18,33 @@ struct alignas(16) Stats {
   float delta[kRows];
 };
 
-template <class T, int kHeadDim_, int kHeadDimV_, Owner kOwner>
+// The gradients of a launch: of queries; of keys and values, or of one of these where the registers
+// do not hold both.
+enum class Sums { dq, dk_dv, dk, dv };
+
+template <class T, int kHeadDim_, int kHeadDimV_, Sums kSums>
 struct Config {
   using Element = T;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
-  static constexpr bool kOwnsQueries = kOwner == Owner::queries;  // and sums dq; else dk and dv
-  static constexpr int kConsumers = 2;                            // warpgroups that compute
+  static constexpr bool kOwnsQueries = kSums == Sums::dq;  // else keys
+  static constexpr bool kSumsDqOrDk = kSums != Sums::dv;
+  static constexpr bool kSumsDv = kSums == Sums::dk_dv || kSums == Sums::dv;
+  static constexpr bool kWide = kHeadDim + kHeadDimV > 256;
+  static constexpr int kConsumers = 2;  // warpgroups that compute
   static constexpr int kTileOwn = kConsumers * kWarpgroupRows;
-  static constexpr int kTileStreamed = 64;
+  static constexpr int kTileStreamed = kWide ? 32 : 64;
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kStages = kHeadDim + kHeadDimV <= 192 ? 4 : 2;  // streamed tiles in flight
-  static constexpr int kOwnStages = 2;  // the next own rows load while these are computed
+  // The next own rows load while these are computed, where there is room for both.
+  static constexpr int kOwnStages = kWide ? 1 : 2;
   // Whether the sums of a tile run beside the products of the next one: not where the registers of
   // the sums leave no room.
   static constexpr bool kOverlapsSums = kHeadDim + kHeadDimV <= 192;
   // On a multiprocessor; then the registers of a lane that loads and of one that computes.
   static constexpr int kCtas = 1;
-  static constexpr int kLoadRegisters = 40;
-  static constexpr int kComputeRegisters = 232;
+  static constexpr int kLoadRegisters = kWide ? 72 : 40;
+  static constexpr int kComputeRegisters = kWide ? 216 : 232;
   // What a CTA starts with is all there is to share.
   static constexpr int kRegisters = 65536 / (kCtas * kThreads) / 8 * 8;
   static_assert(kLoadRegisters + kConsumers * kComputeRegisters <= (1 + kConsumers) * kRegisters);

@@ -100,7 +100,7 @@ __device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& p
       const int first_row = number * kWarpgroupRows;
       const auto load_own = [&](auto& tile_smem, const TensorView& tensor, int head_dim) {
         const T* gmem = head_gmem<const T>(tensor, own.batch, own_head);
-        for_each_row<kWarpgroupRows>(
+        for_each_row<std::decay_t<decltype(tile_smem)>>(
             branch.queries, own.group, own.first_row + first_row, own.rows - first_row,
             [&](int row, int64_t token, bool exists) {
               load_row(tile_smem, row, gmem + token * tensor.row_stride, head_dim, exists);
@@ -108,7 +108,9 @@ __device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& p
       };
       auto& part_smem = smem.own[stage].part[number];
       load_own(part_smem.own, own_view, params.head_dim);
-      load_own(part_smem.own_v, own_v_view, params.head_dim_v);
+      if constexpr (Config::kSumsDqOrDk) {
+        load_own(part_smem.own_v, own_v_view, params.head_dim_v);
+      }
     }
     if constexpr (kOwnsQueries) {
       load_stats(smem.stats[stage], stats_gmem(own.batch, own.head), branch.queries, own.group,
@@ -130,7 +132,7 @@ __device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& p
       const int head = kOwnsQueries ? kv_head : tile.head;
       const auto load_streamed = [&](auto& tile_smem, const TensorView& tensor, int head_dim) {
         const T* gmem = head_gmem<const T>(tensor, own.batch, head);
-        for_each_row<Config::kTileStreamed>(
+        for_each_row<std::decay_t<decltype(tile_smem)>>(
             view, own.group, tile.first_row, rows, [&](int row, int64_t token, bool exists) {
               load_row(tile_smem, row, gmem + token * tensor.row_stride, head_dim, exists);
             });
@@ -229,7 +231,9 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
     // Scores, and gradients of weights: two groups.
     const auto start_products = [&] {
       start_multiply_transposed<T>(weights, part_smem.own, smem.streamed[place.stage]);
-      start_multiply_transposed<T>(dscores, part_smem.own_v, smem.streamed_v[place.stage]);
+      if constexpr (Config::kSumsDqOrDk) {
+        start_multiply_transposed<T>(dscores, part_smem.own_v, smem.streamed_v[place.stage]);
+      }
     };
     // From scores, in place.
     const auto find_weights = [&] {
@@ -238,12 +242,16 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
         weight = ptx::exp2(weight * scale_log2 - lse_log2(row, column));
       });
       fill_others(weights, attended_smem[tile().segment] + first_row + warp_row, tile(), 0.f);
+      if (branch.residues > 1) {
+        fill_other_residues(weights, branch.residues, tile().first_row, 0.f);
+      }
       if (mixed()) {
         fill_other_blocks<kWarpgroupRows>(weights, branch, own_part(), tile(), 0.f);
       }
     };
     // From gradients of weights, in place.
     const auto find_dscores = [&] {
+      if constexpr (!Config::kSumsDqOrDk) return;
       ptx::pin(dscores);
       dscores.for_each(weights, [&](float& dscore, float weight, int row, int column) {
         dscore = weight * (dscore - delta(row, column));
@@ -263,7 +271,7 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
       ptx::fence_async_proxy();  // between cp.async and wgmma
       ptx::wgmma_fence();
       start_products();
-      ptx::wgmma_wait<1>();
+      ptx::wgmma_wait<Config::kSumsDqOrDk ? 1 : 0>();
       find_weights();
       ptx::wgmma_wait<0>();
       find_dscores();
@@ -271,25 +279,30 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
       auto summed = place;
       advance();
       const auto start_sums = [&] {
-        if constexpr (!kOwnsQueries) {
+        if constexpr (Config::kSumsDv) {
           start_multiply_add<T>(gradient_v, rounded_weights, smem.streamed_v[summed.stage]);
         }
-        start_multiply_add<T>(gradient, rounded_dscores, smem.streamed[summed.stage]);
+        if constexpr (Config::kSumsDqOrDk) {
+          start_multiply_add<T>(gradient, rounded_dscores, smem.streamed[summed.stage]);
+        }
       };
       const auto finish_sums = [&] {
         ptx::wgmma_wait<0>();
-        ptx::pin(gradient);
-        if constexpr (!kOwnsQueries) {
+        if constexpr (Config::kSumsDv) {
           ptx::pin(gradient_v);
           keep(rounded_weights);
         }
-        keep(rounded_dscores);
+        if constexpr (Config::kSumsDqOrDk) {
+          ptx::pin(gradient);
+          keep(rounded_dscores);
+        }
         summed.arrive_empty(smem.ring);
       };
       if constexpr (Config::kOverlapsSums) {
         // The products of a tile beside the sums of the one before. A tile that is not attended
         // ends this: all but one of the stages must be let go while waiting for others.
-        constexpr int kSums = kOwnsQueries ? 1 : 2;
+        static_assert(Config::kSumsDqOrDk);
+        constexpr int kSums = Config::kSumsDv ? 2 : 1;
         while (more && attended()) {
           ptx::fence_async_proxy();
           ptx::wgmma_fence();
@@ -328,25 +341,25 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
     };
     const auto store = [&](auto& own_smem, const TensorView& target, int head_dim) {
       T* gmem = head_gmem<T>(target, part.batch, target_head);
-      for_each_row<kWarpgroupRows>(branch.queries, part.group, part.first_row, part.rows,
-                                   [&](int row, int64_t token, bool exists) {
-                                     store_row(own_smem, row, gmem + token * target.row_stride,
-                                               head_dim, exists);
-                                   });
+      for_each_row<std::decay_t<decltype(own_smem)>>(
+          branch.queries, part.group, part.first_row, part.rows,
+          [&](int row, int64_t token, bool exists) {
+            store_row(own_smem, row, gmem + token * target.row_stride, head_dim, exists);
+          });
     };
     sync();  // no warp's wgmma reads the own rows any more
     if (params.accumulate) {
-      load_earlier(part_smem.own, target, params.head_dim);
-      if constexpr (!kOwnsQueries) load_earlier(part_smem.own_v, params.dv, params.head_dim_v);
+      if constexpr (Config::kSumsDqOrDk) load_earlier(part_smem.own, target, params.head_dim);
+      if constexpr (Config::kSumsDv) load_earlier(part_smem.own_v, params.dv, params.head_dim_v);
       ptx::cp_async_commit();
       ptx::cp_async_wait<0>();
       sync();
     }
-    write(part_smem.own, gradient, params.scale);
-    if constexpr (!kOwnsQueries) write(part_smem.own_v, gradient_v, 1.f);
+    if constexpr (Config::kSumsDqOrDk) write(part_smem.own, gradient, params.scale);
+    if constexpr (Config::kSumsDv) write(part_smem.own_v, gradient_v, 1.f);
     sync();
-    store(part_smem.own, target, params.head_dim);
-    if constexpr (!kOwnsQueries) store(part_smem.own_v, params.dv, params.head_dim_v);
+    if constexpr (Config::kSumsDqOrDk) store(part_smem.own, target, params.head_dim);
+    if constexpr (Config::kSumsDv) store(part_smem.own_v, params.dv, params.head_dim_v);
     own_place.arrive_empty(smem.own_ring);
     own_place.advance();
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/reach.h"
+#include "attention/short_groups.h"
 #include "sm90/backward/kernel.cuh"
 #include "sm90/backward/launch.h"
 #include "sm90/launch_staying.cuh"
@@ -18,11 +19,16 @@ void launch_config(const BackwardParams& params) {
 }
 
 template <class T, int kHeadDim, int kHeadDimV>
-void launch(const BackwardParams& params) {
+void launch(const BackwardParams& call) {
+  BackwardParams params = call;
+  params.branch = with_short_groups_together(params.branch, 2 * kWarpgroupRows);
   if (params.owner == Owner::queries) {
-    launch_config<Config<T, kHeadDim, kHeadDimV, Owner::queries>>(params);
+    launch_config<Config<T, kHeadDim, kHeadDimV, Sums::dq>>(params);
+  } else if constexpr (kHeadDim + kHeadDimV <= 256) {
+    launch_config<Config<T, kHeadDim, kHeadDimV, Sums::dk_dv>>(params);
   } else {
-    launch_config<Config<T, kHeadDim, kHeadDimV, Owner::keys>>(params);
+    launch_config<Config<T, kHeadDim, kHeadDimV, Sums::dk>>(params);
+    launch_config<Config<T, kHeadDim, kHeadDimV, Sums::dv>>(params);
   }
 }
 

@@ -28,18 +28,20 @@ struct Config {
   static constexpr int kHeadDimV = kHeadDimV_;
   static constexpr bool kMany = kReach == Reach::many;
   static constexpr bool kSmall = kHeadDim <= 64 && kHeadDimV <= 64;
+  static constexpr bool kWide = kHeadDim + kHeadDimV > 256;
   static constexpr int kConsumers = kMany && kSmall ? 3 : 2;  // warpgroups that compute
   static constexpr int kTileQueries = kConsumers * kWarpgroupRows;
-  static constexpr int kTileKeys = kMany ? 128 : 64;
+  static constexpr int kTileKeys = kMany && !kWide ? 128 : 64;
   static constexpr int kThreads = 128 * (1 + kConsumers);
-  static constexpr int kKeyStages = kMany && !kSmall ? 2 : 4;  // tiles of keys, and of values
-  static constexpr int kQueryStages = 2;  // the next queries load while these are computed
+  static constexpr int kKeyStages = kWide || (kMany && !kSmall) ? 2 : 4;  // of keys, and of values
+  // The next queries load while these are computed, where there is room for both.
+  static constexpr int kQueryStages = kWide ? 1 : 2;
   static constexpr int kCtas = kMany || !kSmall ? 1 : 2;  // on a multiprocessor
   // Of a lane that loads and of one that computes.
   static constexpr int kLoadRegisters = kConsumers == 3 ? 32 : kCtas == 2 ? 48 : 56;
   static constexpr int kComputeRegisters = kConsumers == 3 ? 160 : kCtas == 2 ? 96 : 224;
   // The scores of a tile beside the sums of the one before: if there are registers for both.
-  static constexpr bool kOverlap = kCtas == 1;
+  static constexpr bool kOverlap = kCtas == 1 || kHeadDimV <= 32;
   // What a CTA starts with is all there is to share.
   static constexpr int kRegisters = 65536 / (kCtas * kThreads) / 8 * 8;
   static_assert(kLoadRegisters + kConsumers * kComputeRegisters <= (1 + kConsumers) * kRegisters);
@@ -47,17 +49,22 @@ struct Config {
   using Scores = RegisterTile<16, kTileKeys>;  // of a warp
   using Output = RegisterTile<16, kHeadDimV>;
 
+  using QueryPart = SharedTile<T, kWarpgroupRows, kHeadDim>;  // of a warpgroup
+  using OutputPart = SharedTile<T, kWarpgroupRows, kHeadDimV>;
+  using Keys = SharedTile<T, kTileKeys, kHeadDim>;
+  using Values = SharedTile<T, kTileKeys, kHeadDimV>;
+
   struct Queries {
     union {  // the output is written when the queries are no longer read
-      SharedTile<T, kWarpgroupRows, kHeadDim> q;
-      SharedTile<T, kWarpgroupRows, kHeadDimV> out;
+      QueryPart q;
+      OutputPart out;
     } part[kConsumers];
   };
 
   struct SharedMemory {
     Queries queries[kQueryStages];
-    SharedTile<T, kTileKeys, kHeadDim> k[kKeyStages];
-    SharedTile<T, kTileKeys, kHeadDimV> v[kKeyStages];
+    Keys k[kKeyStages];
+    Values v[kKeyStages];
     QueryTile query_tile[kQueryStages];  // no row: the last
     bool any_keys[kQueryStages];
     SeenTile tile[kKeyStages][kConsumers];  // of the keys at a stage

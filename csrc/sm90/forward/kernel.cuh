@@ -143,6 +143,9 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
       }
       fill_others(scores, attended_smem[tile().segment] + first_row + warp_row, tile(),
                   minus_infinity());
+      if (!Config::kMany && branch.residues > 1) {
+        fill_other_residues(scores, branch.residues, tile().first_row, minus_infinity());
+      }
       more = smem.tile[key_place.stage][number].more;
       key_place.arrive_empty(smem.k_ring);
       softmax.update(scores, scale_log2, shrink);
@@ -213,12 +216,12 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
     }
     finish_rows<T>(out, out_smem, softmax, row_lse_gmem, params.merge);
     sync();
-    for_each_row<kWarpgroupRows>(branch.queries, part.group, part.first_row, part.rows,
-                                 [&](int row, int64_t token, bool exists) {
-                                   store_row(out_smem, row,
-                                             out_gmem + token * params.out.row_stride,
-                                             params.head_dim_v, exists);
-                                 });
+    for_each_row<typename Config::OutputPart>(branch.queries, part.group, part.first_row, part.rows,
+                                              [&](int row, int64_t token, bool exists) {
+                                                store_row(out_smem, row,
+                                                          out_gmem + token * params.out.row_stride,
+                                                          params.head_dim_v, exists);
+                                              });
     ptx::fence_async_proxy();  // between these stores and the next queries
     query_place.arrive_empty(smem.query_ring);
     query_place.advance();

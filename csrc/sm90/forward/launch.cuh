@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "attention/short_groups.h"
 #include "sm90/forward/kernel.cuh"
 #include "sm90/forward/launch.h"
 #include "sm90/launch_staying.cuh"
@@ -14,14 +15,14 @@ void launch_reach(const ForwardParams& params) {
   // Tiles that end with a block must not show the keys after it, which maybe no query attends.
   const bool usable = branch.blocks.rows == nullptr;
   ForwardMaps maps;
-  maps.q = ViewMap::of(params.q, branch.queries, params.head_dim, params.heads, params.batch,
-                       kWarpgroupRows, params.element, true);
+  maps.q = ViewMap::of<typename Config::QueryPart>(
+      params.q, branch.queries, params.head_dim, params.heads, params.batch, params.element, true);
   for (int i = 0; i < branch.segment_count; ++i) {
     const SequenceView& view = branch.segments[i].keys;
-    maps.k[i] = ViewMap::of(params.k, view, params.head_dim, params.kv_heads, params.batch,
-                            Config::kTileKeys, params.element, usable);
-    maps.v[i] = ViewMap::of(params.v, view, params.head_dim_v, params.kv_heads, params.batch,
-                            Config::kTileKeys, params.element, usable);
+    maps.k[i] = ViewMap::of<typename Config::Keys>(params.k, view, params.head_dim, params.kv_heads,
+                                                   params.batch, params.element, usable);
+    maps.v[i] = ViewMap::of<typename Config::Values>(
+        params.v, view, params.head_dim_v, params.kv_heads, params.batch, params.element, usable);
   }
   launch_staying<Config>(
       forward_kernel<Config>, params,
@@ -31,7 +32,9 @@ void launch_reach(const ForwardParams& params) {
 }
 
 template <class T, int kHeadDim, int kHeadDimV>
-void launch(const ForwardParams& params) {
+void launch(const ForwardParams& call) {
+  ForwardParams params = call;
+  params.branch = with_short_groups_together(params.branch, 2 * kWarpgroupRows);
   if (reach_of(params.branch) == Reach::many) {
     launch_reach<T, kHeadDim, kHeadDimV, Reach::many>(params);
   } else {
