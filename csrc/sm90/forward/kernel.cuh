@@ -58,7 +58,7 @@ __device__ __forceinline__ void load(SharedMemory& smem, const ForwardParams& pa
     const int kv_head = queries.head / (params.heads / params.kv_heads);
     while (more) {
       KeyTile tile = walk.tile;
-      tile.mixed = false;  // of no interest here
+      const bool keeps = walk.keeps();
       more = walk.next();  // ahead: the intervals are not read once all tiles are full
       const SequenceView& view = branch.segments[tile.segment].keys;
       const auto load_keys = [&](auto& tile_smem, auto& ring, const ViewMap& map,
@@ -70,8 +70,9 @@ __device__ __forceinline__ void load(SharedMemory& smem, const ForwardParams& pa
       };
       key_place.wait_empty(smem.k_ring);
       if (threadIdx.x < Config::kConsumers) {
-        smem.tile[key_place.stage][threadIdx.x] =
-            as_seen<Config::kTileKeys>(tile, more, queries, threadIdx.x, attended_smem);
+        SeenTile seen = as_seen<Config::kTileKeys>(tile, more, queries, threadIdx.x, attended_smem);
+        seen.tile.exists = seen.tile.exists && keeps;
+        smem.tile[key_place.stage][threadIdx.x] = seen;
         ptx::mbarrier_arrive(smem.k_ring.full[key_place.stage]);
       }
       load_keys(smem.k, smem.k_ring, maps.k[tile.segment], params.k, params.head_dim);
@@ -117,8 +118,7 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
     const auto tile = [&]() -> const KeyTile& { return smem.tile[key_place.stage][number].tile; };
     const auto attends_tile = [&] {
       key_place.wait_full(smem.k_ring);
-      // The queries of a part lie in one block.
-      return tile().exists && branch.keeps(part.head, part.first_row, tile().first_row);
+      return tile().exists;
     };
     const auto pass_over = [&] {
       more = smem.tile[key_place.stage][number].more;

@@ -12,8 +12,10 @@ template <class T, int kHeadDim, int kHeadDimV, Reach kReach>
 void launch_reach(const ForwardParams& params) {
   using Config = Config<T, kHeadDim, kHeadDimV, kReach>;
   const Branch& branch = params.branch;
-  // Tiles that end with a block must not show the keys after it, which maybe no query attends.
-  const bool usable = branch.blocks.rows == nullptr;
+  // A map shows the rows after a tile's end too. Tiles that divide a block end with it, so that no
+  // keys appear that maybe no query attends.
+  const bool has_blocks = branch.blocks.rows != nullptr;
+  const bool usable = !has_blocks || branch.blocks.size % Config::kTileKeys == 0;
   ForwardMaps maps;
   maps.q = ViewMap::of<typename Config::QueryPart>(
       params.q, branch.queries, params.head_dim, params.heads, params.batch, params.element, true);
@@ -27,7 +29,7 @@ void launch_reach(const ForwardParams& params) {
   launch_staying<Config>(
       forward_kernel<Config>, params,
       QueryTiles::of(branch, Config::kTileQueries, params.first_head, params.head_count,
-                     params.batch, Config::kMany ? Order::by_length : Order::by_head),
+                     params.batch, Config::kMany || has_blocks ? Order::by_length : Order::by_head),
       maps);
 }
 
