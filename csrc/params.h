@@ -87,7 +87,12 @@ struct BackwardParams {
   TensorView dq;    // as q, k and v
   TensorView dk;
   TensorView dv;
-  const RowStats* stats;  // (batch, heads, seq_q)
+  RowStats* stats;   // (batch, heads, seq_q)
+  // To find the statistics here, and to leave them in `stats` unless it is null: one kernel that
+  // sums all gradients. Null: they are in `stats`.
+  TensorView out;     // (batch, heads, seq_q, head_dim_v)
+  const float* lse;   // (batch, heads, seq_q)
+  const float* dlse;  // likewise; may be null
 
   int batch;
   int heads;       // of the tensors

@@ -13,7 +13,8 @@ namespace sparse_attn::sm90::backward_band {
 
 constexpr int kConsumers = 2;                            // warpgroups that compute
 static_assert(kTileRows == kConsumers * kWarpgroupRows);
-constexpr int kParts = kTileRows / kWarpgroupRows;       // a tile comes 64 rows at a time
+constexpr int kParts = kTileRows / kWarpgroupRows;  // a tile comes 64 rows at a time
+constexpr int kStatsWarps = 2;
 
 // The query rows that each key of a tile is attended by, counted from the tile's first row.
 struct Band {
@@ -47,7 +48,7 @@ struct Config {
   static constexpr int kColumns = kHeadDim + kHeadDimV;
   static constexpr int kKeyStages = kColumns <= 128 ? 3 : 2;                           // of 128
   static constexpr int kQueryStages = kColumns <= 128 ? 5 : kColumns <= 192 ? 3 : 2;  // of 64
-  static constexpr int kStepStages = 2;
+  static constexpr int kStepStages = 4;
   // Registers of a lane that loads and of one that computes.
   static constexpr int kLoadRegisters = 40;
   static constexpr int kComputeRegisters = 232;
@@ -74,7 +75,7 @@ struct Config {
     Band band[kKeyStages];
     Step step[kStepStages];
     RingBarriers<kKeyStages> k_ring, v_ring;
-    RingBarriers<kQueryStages> query_ring;
+    RingBarriers<kQueryStages> query_ring, stats_ring;
     RingBarriers<kStepStages> step_ring;
     RingBarriers<1> dscores_ring;
   };

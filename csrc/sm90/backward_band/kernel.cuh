@@ -2,8 +2,9 @@
 // The Hopper backward kernel of bands: one branch whose queries attend keys of their own tile of
 // 128 rows and of the one before, at most. All gradients at once, every tensor read once.
 //
-// A CTA takes tiles one after another: those of groups that fit one, or a run of neighbours. One
-// warp loads; two warpgroups own 64 keys of a tile each, sum dk and dv in registers and share dq.
+// A CTA takes tiles one after another: those of groups that fit one, or a run of neighbours. Two
+// warps load, two find delta; two warpgroups own 64 keys of a tile each, sum dk and dv in registers
+// and share dq.
 // README.md in this folder has the schedule and the counts.
 #pragma once
 
@@ -31,134 +32,246 @@ __device__ __forceinline__ QueryTile tile_before(const QueryTile& tile) {
   return {tile.batch, tile.head, tile.group, tile.first_row - kTileRows, kTileRows};
 }
 
-// The tiles of a CTA: every so-many-th, or neighbours where queries attend the tile before.
-struct Share {
-  int index, end, step;
+// Of 64 rows.
+__device__ __forceinline__ int step_parts(const QueryTile& tile) {
+  return tile.rows > kWarpgroupRows ? 2 : 1;
+}
 
-  __device__ __forceinline__ explicit Share(const QueryTiles& tiles) {
+// The sum of the products of eight elements.
+template <class T>
+__device__ __forceinline__ float dot(const uint4& x, const uint4& y) {
+  const uint32_t xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 a = ptx::unpack<T>(xs[i]), b = ptx::unpack<T>(ys[i]);
+    sum += a.x * b.x + a.y * b.y;
+  }
+  return sum;
+}
+
+// The steps of a CTA: every so-many-th tile, or neighbours where queries attend the tile before.
+struct Steps {
+  const QueryTiles& tiles;
+  const bool walks;
+  int index, end;
+  bool keeps_own = false;  // of the step before
+  bool first = true;
+
+  __device__ __forceinline__ explicit Steps(const QueryTiles& tiles)
+      : tiles(tiles), walks(tiles.tiles.value > 1) {
     const auto cut = [&](int cta) {
       return static_cast<int>(static_cast<int64_t>(tiles.count) * cta / gridDim.x);
     };
-    if (tiles.tiles.value > 1) {
-      index = cut(blockIdx.x), end = cut(blockIdx.x + 1), step = 1;
-    } else {
-      index = blockIdx.x, end = tiles.count, step = gridDim.x;
+    index = walks ? cut(blockIdx.x) : blockIdx.x;
+    end = walks ? cut(blockIdx.x + 1) : tiles.count;
+  }
+
+  // No row in the tile: there is no other.
+  __device__ __forceinline__ Step next(const SequenceView& view) {
+    const bool own = index < end;  // else queries of the next CTA, which attend keys of this one
+#pragma unroll 1
+    while (index < end || keeps_own) {
+      const QueryTile tile = tiles.at(index, view);
+      index += walks ? 1 : gridDim.x;
+      if (tile.rows == 0) continue;
+      const bool back = tile.first_row > 0, begins = first;
+      first = false;
+      keeps_own = own && walks && tile.first_row + kTileRows < view.max_rows;
+      return {tile, step_parts(tile), back, back && begins, own, keeps_own};
     }
+    return {};
   }
 };
 
-// The warp that loads.
+// Starts copying 64 rows of a head.
+template <class T, class Tile>
+__device__ __forceinline__ void load_part(Tile& part_smem, uint64_t& full, const ViewMap& map,
+                                          const SequenceView& view, const TensorView& tensor,
+                                          int head_dim, int head, const QueryTile& part) {
+  Rows<T>(map, view, tensor, head_dim, part.batch, head)
+      .template load<32>(part_smem, full, part.group, part.first_row, part.first_row + part.rows);
+}
+
+// The warp that loads queries, and finds the steps.
 template <class Config, class SharedMemory>
-__device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& params,
-                                     const QueryTiles& tiles, const Maps& maps) {
+__device__ __forceinline__ void load_queries(SharedMemory& smem, const BackwardParams& params,
+                                             const QueryTiles& tiles, const Maps& maps) {
+  using T = typename Config::Element;
+  const SequenceView& view = params.branch.queries;
+  Place<Config::kQueryStages> place;
+  Place<Config::kStepStages> step_place;
+  Steps steps(tiles);
+  while (true) {
+    step_place.wait_empty(smem.step_ring);
+    const Step& step = smem.step[step_place.stage];  // read when needed: registers are scarce
+    const Step next = steps.next(view);
+    if (threadIdx.x == 0) smem.step[step_place.stage] = next;
+    step_place.arrive_full(smem.step_ring);
+    __syncwarp();
+    if (step.tile.rows == 0) break;
+#pragma unroll 1
+    for (int number = 0; number < step.parts; ++number) {
+      const QueryTile part = part_of(step.tile, number);
+      uint64_t& full = smem.query_ring.full[place.stage];
+      place.wait_empty(smem.query_ring);
+      load_part<T>(smem.q[place.stage], full, maps.q, view, params.q, params.head_dim, part.head,
+                   part);
+      load_part<T>(smem.dout[place.stage], full, maps.dout, view, params.dout, params.head_dim_v,
+                   part.head, part);
+      ptx::cp_async_arrive(full);
+      if (params.out.data != nullptr) {  // for find_stats
+        const T* out_gmem = head_gmem<const T>(params.out, part.batch, part.head);
+#pragma unroll 1
+        for (int row = threadIdx.x; row < part.rows; row += 32) {
+          const int64_t token = view.position(part.group, part.first_row + row);
+#pragma unroll
+          for (int column = 0; column < Config::kHeadDimV; column += 64) {
+            ptx::prefetch_l2(out_gmem + token * params.out.row_stride + column);
+          }
+        }
+      }
+      place.advance();
+    }
+    step_place.advance();
+  }
+}
+
+// The warp that loads keys and values, and finds which queries attend them.
+template <class Config, class SharedMemory>
+__device__ __forceinline__ void load_keys(SharedMemory& smem, const BackwardParams& params,
+                                          const Maps& maps) {
   using T = typename Config::Element;
   const Branch& branch = params.branch;
   const SequenceView& view = branch.queries;
-  const bool walks = tiles.tiles.value > 1;
-  Place<Config::kKeyStages> k_place, v_place;
-  Place<Config::kQueryStages> query_place;
+  const int lane = threadIdx.x % 32;
+  Place<Config::kKeyStages> place;
   Place<Config::kStepStages> step_place;
-
-  const auto publish = [&](const Step& step) {
-    step_place.wait_empty(smem.step_ring);
-    if (threadIdx.x == 0) {
-      smem.step[step_place.stage] = step;
-      ptx::mbarrier_arrive(smem.step_ring.full[step_place.stage]);
-    }
-    step_place.advance();
-  };
-  // 64 rows of a tile.
-  const auto load_part = [&](auto& part_smem, uint64_t& full, const ViewMap& map,
-                             const TensorView& tensor, int head_dim, int head,
-                             const QueryTile& part) {
-    Rows<T>(map, view, tensor, head_dim, part.batch, head)
-        .template load<32>(part_smem, full, part.group, part.first_row,
-                           part.first_row + part.rows);
-  };
-  const auto load_keys = [&](auto& parts_smem, uint64_t& full, const ViewMap& map,
-                             const TensorView& tensor, int head_dim, const QueryTile& tile) {
+  while (true) {
+    step_place.wait_full(smem.step_ring);
+    const Step& step = smem.step[step_place.stage];
+    if (step.tile.rows == 0) break;
 #pragma unroll 1
-    for (int number = 0; number < kParts; ++number) {
-      const QueryTile part = part_of(tile, number);
-      if (part.rows == 0) break;
-      load_part(parts_smem[number], full, map, tensor, head_dim, kv_head_of(params, tile.head),
-                part);
-    }
-    ptx::cp_async_arrive(full);
-  };
-  const auto load_k = [&](const QueryTile& tile) {
-    k_place.wait_empty(smem.k_ring);
-    uint64_t& full = smem.k_ring.full[k_place.stage];
-    Band& band = smem.band[k_place.stage];
+    for (int before = step.loads_back; before >= 0 && step.own; --before) {
+      const QueryTile tile = before ? tile_before(step.tile) : step.tile;
+      const int kv_head = kv_head_of(params, tile.head);
+      uint64_t& v_full = smem.v_ring.full[place.stage];
+      place.wait_empty(smem.v_ring);
 #pragma unroll 1
-    for (int row = threadIdx.x; row < kTileRows; row += 32) {
-      const int token = view.position(tile.group, tile.first_row + row);
-      Interval queries = {tile.first_row, tile.first_row};
-      if (row < tile.rows) queries = branch.segments[0].bounds(branch.run, tile.group, token);
-      band.first[row] = static_cast<int16_t>(queries.first - tile.first_row);
-      band.end[row] = static_cast<int16_t>(queries.end - tile.first_row);
-    }
-    band.rows = tile.rows;
-    ptx::mbarrier_arrive(full);
-    load_keys(smem.k[k_place.stage], full, maps.k, params.k, params.head_dim, tile);
-    k_place.advance();
-  };
-  const auto load_v = [&](const QueryTile& tile) {
-    v_place.wait_empty(smem.v_ring);
-    load_keys(smem.v[v_place.stage], smem.v_ring.full[v_place.stage], maps.v, params.v,
-              params.head_dim_v, tile);
-    v_place.advance();
-  };
-  const auto load_queries = [&](const QueryTile& tile) {
-    const RowStats* stats_gmem =
-        params.stats + (static_cast<int64_t>(tile.batch) * params.heads + tile.head) * params.seq_q;
-#pragma unroll 1
-    for (int number = 0; number < kParts; ++number) {
-      const QueryTile part = part_of(tile, number);
-      if (part.rows == 0) break;
-      query_place.wait_empty(smem.query_ring);
-      const int stage = query_place.stage;
-      uint64_t& full = smem.query_ring.full[stage];
-      load_part(smem.q[stage], full, maps.q, params.q, params.head_dim, tile.head, part);
-      load_part(smem.dout[stage], full, maps.dout, params.dout, params.head_dim_v, tile.head, part);
-#pragma unroll 1
-      for (int row = threadIdx.x; row < kWarpgroupRows; row += 32) {
-        const RowStats* row_gmem = stats_gmem + view.position(part.group, part.first_row + row);
-        ptx::cp_async_4(&smem.stats[stage].lse_log2[row], &row_gmem->lse_log2, row < part.rows);
-        ptx::cp_async_4(&smem.stats[stage].delta[row], &row_gmem->delta, row < part.rows);
+      for (int number = 0; number < step_parts(tile); ++number) {
+        load_part<T>(smem.v[place.stage][number], v_full, maps.v, view, params.v,
+                     params.head_dim_v, kv_head, part_of(tile, number));
       }
-      ptx::cp_async_arrive(full);
-      query_place.advance();
-    }
-  };
-  const auto parts = [](const QueryTile& tile) { return tile.rows > kWarpgroupRows ? 2 : 1; };
+      ptx::cp_async_arrive(v_full);
 
-  Share share(tiles);
-  bool first = true;
+      uint64_t& k_full = smem.k_ring.full[place.stage];
+      Band& band = smem.band[place.stage];
+      place.wait_empty(smem.k_ring);
 #pragma unroll 1
-  for (int index = share.index; index < share.end; index += share.step) {
-    const QueryTile tile = tiles.at(index, view);
-    if (tile.rows == 0) continue;
-    const bool back = tile.first_row > 0;
-    const bool more = walks && tile.first_row + kTileRows < view.max_rows;
-    publish({tile, parts(tile), back, back && first, true, more});
-    if (back && first) {
-      load_v(tile_before(tile));
-      load_k(tile_before(tile));
+      for (int number = 0; number < step_parts(tile); ++number) {
+        load_part<T>(smem.k[place.stage][number], k_full, maps.k, view, params.k, params.head_dim,
+                     kv_head, part_of(tile, number));
+      }
+#pragma unroll 1
+      for (int row = lane; row < kTileRows; row += 32) {
+        const int token = view.position(tile.group, tile.first_row + row);
+        Interval queries = {tile.first_row, tile.first_row};
+        if (row < tile.rows) queries = branch.segments[0].bounds(branch.run, tile.group, token);
+        band.first[row] = static_cast<int16_t>(queries.first - tile.first_row);
+        band.end[row] = static_cast<int16_t>(queries.end - tile.first_row);
+      }
+      if (lane == 0) band.rows = tile.rows;
+      ptx::cp_async_arrive(k_full);
+      ptx::mbarrier_arrive(k_full);  // what was not copied
+      place.advance();
     }
-    first = false;
-    // In the order in which the stages of few are let go.
-    load_v(tile);
-    if (!walks) load_k(tile);
-    load_queries(tile);
-    if (walks) load_k(tile);
-    if (more && index + 1 == share.end) {  // the keys need the queries of the next CTA
-      const QueryTile next = tiles.at(index + 1, view);
-      publish({next, parts(next), true, false, false, false});
-      load_queries(next);
-    }
+    step_place.arrive_empty(smem.step_ring);
+    step_place.advance();
   }
-  publish({});
+}
+
+// The warps that find delta = rowsum(dout * out) - dlse and the lse in units of log 2, or copy what
+// was found before. Eight lanes share a row.
+template <class Config, class SharedMemory>
+__device__ __forceinline__ void find_stats(SharedMemory& smem, const BackwardParams& params,
+                                           int warp) {
+  using T = typename Config::Element;
+  constexpr int kVectors = Config::kHeadDimV / 64;     // of a lane in a row
+  constexpr int kRowsAtOnce = 4 / kVectors;            // of a lane
+  constexpr int kWarpRows = kWarpgroupRows / kStatsWarps;
+  const SequenceView& view = params.branch.queries;
+  const int lane = threadIdx.x % 32;
+  const bool finds = params.out.data != nullptr;
+  Place<Config::kQueryStages> place;
+  Place<Config::kStepStages> step_place;
+  while (true) {
+    step_place.wait_full(smem.step_ring);
+    const Step& step = smem.step[step_place.stage];
+    if (step.tile.rows == 0) break;
+#pragma unroll 1
+    for (int number = 0; number < step.parts; ++number) {
+      const QueryTile part = part_of(step.tile, number);
+      const int64_t head = static_cast<int64_t>(part.batch) * params.heads + part.head;
+      const T* out_gmem = head_gmem<const T>(params.out, part.batch, part.head);
+      Stats& stats = smem.stats[place.stage];
+      auto& dout_smem = smem.dout[place.stage];
+      place.wait_full(smem.query_ring);
+#pragma unroll 1
+      for (int i = 0; i < kWarpRows; i += 4 * kRowsAtOnce) {
+        const int first_row = warp * kWarpRows + i + lane / 8;
+        uint4 out[kRowsAtOnce][kVectors];
+#pragma unroll
+        for (int j = 0; j < kRowsAtOnce; ++j) {
+          const int row = first_row + 4 * j;
+          const int64_t token = view.position(part.group, part.first_row + row);
+#pragma unroll
+          for (int k = 0; k < kVectors; ++k) {
+            const int column = k * 64 + lane % 8 * 8;
+            out[j][k] = {};
+            if (finds && row < part.rows && column < params.head_dim_v) {
+              out[j][k] = *reinterpret_cast<const uint4*>(
+                  out_gmem + token * params.out.row_stride + column);
+            }
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < kRowsAtOnce; ++j) {
+          const int row = first_row + 4 * j;
+          float delta = 0.f;
+#pragma unroll
+          for (int k = 0; k < kVectors; ++k) {
+            delta += dot<T>(out[j][k], *reinterpret_cast<const uint4*>(
+                                           dout_smem.at(row, k * 8 + lane % 8)));
+          }
+#pragma unroll
+          for (int distance = 4; distance > 0; distance /= 2) {
+            delta += __shfl_xor_sync(0xffffffff, delta, distance);
+          }
+          if (lane % 8 != 0) continue;
+          RowStats found = {0.f, 0.f};
+          if (row < part.rows) {
+            const int64_t index =
+                head * params.seq_q + view.position(part.group, part.first_row + row);
+            if (finds) {
+              const float lse = params.lse[index];
+              if (params.dlse != nullptr) delta -= params.dlse[index];
+              const bool empty = lse == minus_infinity();  // dlse may be anything there
+              found = empty ? RowStats{-minus_infinity(), 0.f} : RowStats{lse * kLog2E, delta};
+              if (params.stats != nullptr) params.stats[index] = found;
+            } else {
+              found = params.stats[index];
+            }
+          }
+          stats.lse_log2[row] = found.lse_log2, stats.delta[row] = found.delta;
+        }
+      }
+      place.arrive_full(smem.stats_ring);
+      place.arrive_empty(smem.query_ring);
+      place.advance();
+    }
+    step_place.arrive_empty(smem.step_ring);
+    step_place.advance();
+  }
 }
 
 // Where the gradients of scores of a part of queries and a part of keys are: those of the tile
@@ -203,13 +316,15 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
            band.end[first_key + keys - 1] > first;
   };
   // Sums this warpgroup's keys over one part of queries.
-  const auto sum_part = [&](int key_stage, int query_stage, int first, int slot) {
+  const auto sum_part = [&](int key_stage, int first, int slot) {
+    const int query_stage = query_place.stage;
     const Stats& stats = smem.stats[query_stage];
     Scores weights, dscores;
     ptx::fence_async_proxy();  // between cp.async and wgmma
     ptx::wgmma_fence();
     start_multiply_transposed<T>(weights, smem.k[key_stage][number], smem.q[query_stage]);
     start_multiply_transposed<T>(dscores, smem.v[key_stage][number], smem.dout[query_stage]);
+    query_place.wait_full(smem.stats_ring);
     ptx::wgmma_wait<1>();
     ptx::pin(weights);
     weights.for_each([&](float& weight, int, int column) {
@@ -280,7 +395,7 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
         query_place.wait_full(smem.query_ring);
         const int first = (own ? 0 : kTileRows) + part * kWarpgroupRows;
         if (attended(smem.band[key_place.stage], number, first)) {
-          sum_part(key_place.stage, query_place.stage, first, slot_of(part, 2 * own + number));
+          sum_part(key_place.stage, first, slot_of(part, 2 * own + number));
         }
         if (last) query_place.arrive_empty(smem.query_ring);
         query_place.advance();
@@ -290,8 +405,7 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
         constexpr int kColumns = Config::GradientQ::kColumns;
         typename Config::GradientQ gradient_q;
         gradient_q.clear();
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(smem.dscores_ring.full[0]);
+        dscores_place.arrive_full(smem.dscores_ring);
         dscores_place.wait_full(smem.dscores_ring);
 #pragma unroll 1
         for (int keys = step.back ? 0 : 2; keys < 4; ++keys) {
@@ -343,8 +457,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     constexpr int kWarps = 4 * kConsumers;
     smem.k_ring.init(2 * 32, kWarps);  // of each lane: its copies, its bands
     smem.v_ring.init(32, kWarps);
-    smem.query_ring.init(32, kWarps);
-    smem.step_ring.init(1, kWarps);
+    smem.query_ring.init(32, kWarps + kStatsWarps);
+    smem.stats_ring.init(kStatsWarps, 1);  // emptied with the queries
+    smem.step_ring.init(1, kWarps + kStatsWarps + 1);
     smem.dscores_ring.init(kWarps, kWarps);
     ptx::fence_mbarrier_init();
   }
@@ -352,7 +467,14 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
     ptx::give_registers<Config::kLoadRegisters>();
-    if (threadIdx.x < 32) load<Config>(smem, params, tiles, maps);
+    const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
+    if (warp == 0) {
+      load_queries<Config>(smem, params, tiles, maps);
+    } else if (warp == 1) {
+      load_keys<Config>(smem, params, maps);
+    } else {
+      find_stats<Config>(smem, params, warp - 2);
+    }
   } else {
     ptx::take_registers<Config::kComputeRegisters>();
     compute<Config>(smem, params, warpgroup - 1);
