@@ -93,6 +93,21 @@ __device__ __forceinline__ void load_part(Tile& part_smem, uint64_t& full, const
       .template load<32>(part_smem, full, part.group, part.first_row, part.first_row + part.rows);
 }
 
+// Brings rows of a head to L2, by a warp.
+template <class T>
+__device__ __forceinline__ void prefetch_rows(const TensorView& tensor, const SequenceView& view,
+                                              const QueryTile& tile, int head_dim) {
+  const T* gmem = head_gmem<const T>(tensor, tile.batch, tile.head);
+#pragma unroll 1
+  for (int row = threadIdx.x % 32; row < tile.rows; row += 32) {
+    const int64_t token = view.position(tile.group, tile.first_row + row);
+#pragma unroll 1
+    for (int column = 0; column < head_dim; column += 64) {
+      ptx::prefetch_l2(gmem + token * tensor.row_stride + column);
+    }
+  }
+}
+
 // The warp that loads queries, and finds the steps.
 template <class Config, class SharedMemory>
 __device__ __forceinline__ void load_queries(SharedMemory& smem, const BackwardParams& params,
@@ -121,16 +136,9 @@ __device__ __forceinline__ void load_queries(SharedMemory& smem, const BackwardP
                    part.head, part);
       ptx::cp_async_arrive(full);
       if (params.out.data != nullptr) {  // for find_stats
-        const T* out_gmem = head_gmem<const T>(params.out, part.batch, part.head);
-#pragma unroll 1
-        for (int row = threadIdx.x; row < part.rows; row += 32) {
-          const int64_t token = view.position(part.group, part.first_row + row);
-#pragma unroll
-          for (int column = 0; column < Config::kHeadDimV; column += 64) {
-            ptx::prefetch_l2(out_gmem + token * params.out.row_stride + column);
-          }
-        }
+        prefetch_rows<T>(params.out, view, part, params.head_dim_v);
       }
+      if (params.accumulate) prefetch_rows<T>(params.dq, view, part, params.head_dim);
       place.advance();
     }
     step_place.advance();
@@ -183,6 +191,10 @@ __device__ __forceinline__ void load_keys(SharedMemory& smem, const BackwardPara
       if (lane == 0) band.rows = tile.rows;
       ptx::cp_async_arrive(k_full);
       ptx::mbarrier_arrive(k_full);  // what was not copied
+      if (params.accumulate) {
+        prefetch_rows<T>(params.dk, view, tile, params.head_dim);
+        prefetch_rows<T>(params.dv, view, tile, params.head_dim_v);
+      }
       place.advance();
     }
     step_place.arrive_empty(smem.step_ring);
@@ -301,6 +313,7 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
   const Branch& branch = params.branch;
   const float scale_log2 = params.scale * kLog2E;
   const int warp_row = threadIdx.x / 32 % 4 * 16;  // of a part
+  const auto sync = [&] { ptx::named_barrier(1 + number, 128); };
   Place<Config::kKeyStages> back_place, own_place;
   Place<Config::kQueryStages> query_place;
   Place<Config::kStepStages> step_place;
@@ -370,6 +383,33 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
     keep(rounded_dscores);
   };
 
+  // dq of a part of queries: this warpgroup's columns of the sum over all keys.
+  const auto sum_queries = [&](const Step& step, int part) {
+    constexpr int kColumns = Config::GradientQ::kColumns;
+    typename Config::GradientQ gradient_q;
+    gradient_q.clear();
+    dscores_place.arrive_full(smem.dscores_ring);
+    dscores_place.wait_full(smem.dscores_ring);
+#pragma unroll 1
+    for (int keys = step.back ? 0 : 2; keys < 4; ++keys) {
+      const int stage = keys < 2 ? back_place.stage : own_place.stage;
+      const int first = (keys < 2 ? kTileRows : 0) + part * kWarpgroupRows;
+      if (!attended(smem.band[stage], keys % 2, first)) continue;
+      ptx::wgmma_fence();
+      start_multiply_add_across<T>(gradient_q, smem.dscores[slot_of(part, keys)],
+                                   smem.k[stage][keys % 2], number * kColumns);
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<0>();
+      ptx::pin(gradient_q);
+    }
+    dscores_place.arrive_empty(smem.dscores_ring);
+    dscores_place.advance();
+    store_sum<T>(gradient_q, params.scale, smem.dout[query_place.stage], warp_row,
+                 number * (kColumns / 8),
+                 {params.dq, branch.queries, step.tile, part * kWarpgroupRows + warp_row,
+                  number * kColumns, params.head_dim, params.accumulate});
+  };
+
   while (true) {
     step_place.wait_full(smem.step_ring);
     const Step& step = smem.step[step_place.stage];  // read when needed: registers are scarce
@@ -397,45 +437,30 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
         if (attended(smem.band[key_place.stage], number, first)) {
           sum_part(key_place.stage, first, slot_of(part, 2 * own + number));
         }
+        if (own) {
+          query_place.wait_full(smem.stats_ring);  // dout is read no more
+          sum_queries(step, part);
+          ptx::fence_async_proxy();  // between what it leaves in shared memory and the next queries
+        }
         if (last) query_place.arrive_empty(smem.query_ring);
         query_place.advance();
-        if (!own) continue;
-
-        // dq: some columns of the sum over all keys.
-        constexpr int kColumns = Config::GradientQ::kColumns;
-        typename Config::GradientQ gradient_q;
-        gradient_q.clear();
-        dscores_place.arrive_full(smem.dscores_ring);
-        dscores_place.wait_full(smem.dscores_ring);
-#pragma unroll 1
-        for (int keys = step.back ? 0 : 2; keys < 4; ++keys) {
-          const int stage = keys < 2 ? back_place.stage : own_place.stage;
-          const int first = (keys < 2 ? kTileRows : 0) + part * kWarpgroupRows;
-          if (!attended(smem.band[stage], keys % 2, first)) continue;
-          ptx::wgmma_fence();
-          start_multiply_add_across<T>(gradient_q, smem.dscores[slot_of(part, keys)],
-                                       smem.k[stage][keys % 2], number * kColumns);
-          ptx::wgmma_commit();
-          ptx::wgmma_wait<0>();
-          ptx::pin(gradient_q);
-        }
-        dscores_place.arrive_empty(smem.dscores_ring);
-        dscores_place.advance();
-        store_sum<T>(gradient_q, params.scale, params.dq, branch.queries, step.tile,
-                     step.tile.head, part * kWarpgroupRows + warp_row, number * kColumns,
-                     params.head_dim, params.accumulate);
       }
-      if (!own || !step.keeps_own) key_place.arrive_empty(smem.v_ring);
       if (last && step.back) back_place.arrive_empty(smem.k_ring);
       if (own && !step.keeps_own) own_place.arrive_empty(smem.k_ring);
-      if (own ? !step.keeps_own : !step.loads_back) {
+      if (own && step.keeps_own) continue;
+      if (own || !step.loads_back) {
         const QueryTile tile = own ? step.tile : tile_before(step.tile);
         const int row = number * kWarpgroupRows + warp_row;
-        store_sum<T>(gradient_k, params.scale, params.dk, branch.queries, tile, tile.head, row, 0,
-                     params.head_dim, params.accumulate);
-        store_sum<T>(gradient_v, 1.f, params.dv, branch.queries, tile, tile.head, row, 0,
-                     params.head_dim_v, params.accumulate);
+        auto& scratch_smem = smem.v[key_place.stage][number];
+        sync();  // no warp's wgmma reads these values any more
+        store_sum<T>(gradient_k, params.scale, scratch_smem, warp_row, 0,
+                     {params.dk, branch.queries, tile, row, 0, params.head_dim, params.accumulate});
+        store_sum<T>(gradient_v, 1.f, scratch_smem, warp_row, 0,
+                     {params.dv, branch.queries, tile, row, 0, params.head_dim_v,
+                      params.accumulate});
+        ptx::fence_async_proxy();
       }
+      key_place.arrive_empty(smem.v_ring);
     }
     if (step.own) {
       back_place = own_place;
