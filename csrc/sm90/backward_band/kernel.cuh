@@ -399,9 +399,9 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
       start_multiply_add_across<T>(gradient_q, smem.dscores[slot_of(part, keys)],
                                    smem.k[stage][keys % 2], number * kColumns);
       ptx::wgmma_commit();
-      ptx::wgmma_wait<0>();
-      ptx::pin(gradient_q);
     }
+    ptx::wgmma_wait<0>();
+    ptx::pin(gradient_q);
     dscores_place.arrive_empty(smem.dscores_ring);
     dscores_place.advance();
     store_sum<T>(gradient_q, params.scale, smem.dout[query_place.stage], warp_row,
