@@ -11,8 +11,8 @@
 namespace sparse_attn {
 
 // Each launches one kernel on params.stream and returns without waiting for it: the rows of a
-// layout of blocks, one branch of the output, the statistics of the queries, one branch of dq or of
-// dk and dv.
+// layout of blocks, one branch of the output, the statistics of the queries, one branch of dq, of
+// dk and dv, or of all three.
 void block_rows(const BlockRowsParams& params);
 void forward(const ForwardParams& params);
 void row_stats(const RowStatsParams& params);
@@ -30,6 +30,9 @@ std::vector<std::pair<int, int>> head_dims();
 // Whether the kernels of compute capability 9.0 are built and as small a pair of theirs holds these
 // head dims.
 bool sm90_fits(int head_dim, int head_dim_v);
+
+// Whether one kernel of compute capability 9.0 sums all gradients of a branch, here transposed.
+bool sums_at_once(const Branch& branch);
 
 // CUDA version that the driver supports (13000 for 13.0); 0 without a driver.
 int driver_version();

@@ -108,15 +108,15 @@ __device__ __forceinline__ uint64_t moved(uint64_t operand, int bytes) {
     }                                                                                             \
   }
 
-#define DEFINE_ADD_ACROSS(shape, operands)                                                       \
-  template <class T>                                                                             \
-  __device__ __forceinline__ void wgmma_add_across(RegisterTile<16, shape>& sum, uint64_t a,     \
-                                                   uint64_t b) {                                 \
-    if constexpr (std::is_same_v<T, __half>) {                                                   \
-      asm volatile(WGMMA(shape, "f16", "1", operands) : SUM_##shape("+f") : "l"(a), "l"(b));     \
-    } else {                                                                                     \
-      asm volatile(WGMMA(shape, "bf16", "1", operands) : SUM_##shape("+f") : "l"(a), "l"(b));    \
-    }                                                                                            \
+#define DEFINE_ADD_ACROSS(shape, operands)                                                    \
+  template <class T>                                                                          \
+  __device__ __forceinline__ void wgmma_add_across(RegisterTile<16, shape>& sum, uint64_t a,  \
+                                                   uint64_t b) {                              \
+    if constexpr (std::is_same_v<T, __half>) {                                                \
+      asm volatile(WGMMA(shape, "f16", "1", operands) : SUM_##shape("+f") : "l"(a), "l"(b));  \
+    } else {                                                                                  \
+      asm volatile(WGMMA(shape, "bf16", "1", operands) : SUM_##shape("+f") : "l"(a), "l"(b)); \
+    }                                                                                         \
   }
 
 // sum = a b^T, or sum += a b^T: 16 columns of 64 rows of a and of 64 or 128 rows of b.

@@ -40,6 +40,7 @@ def build_info() -> dict[str, str]: ...
 # Only in a build with CUDA kernels.
 def head_dims() -> list[tuple[int, int]]: ...
 def sm90_fits(head_dim: int, head_dim_v: int) -> bool: ...
+def sums_at_once(branch: Branch) -> bool: ...  # of a transposed branch
 def driver_version() -> int: ...
 def forward(
     *,
@@ -100,7 +101,10 @@ def backward(
     dq: tuple[int, int, int, int],
     dk: tuple[int, int, int, int],
     dv: tuple[int, int, int, int],
-    stats: int,
+    out: tuple[int, int, int, int],  # owner 2: to find the statistics; address 0: they are there
+    lse: int,
+    dlse: int,  # 0 for none
+    stats: int,  # with `out`: to leave them there, unless 0
     batch: int,
     heads: int,
     first_head: int,
@@ -113,7 +117,7 @@ def backward(
     scale: float,
     bfloat16: bool,
     sm90: bool,
-    keys_own: bool,  # dk and dv of a transposed branch; else dq
+    owner: int,  # 0 queries: dq; 1 keys: dk and dv of a transposed branch; 2: all, likewise
     branch: Branch,
     accumulate: bool,
     device: int,

@@ -11,7 +11,7 @@
 
 namespace sparse_attn::sm90::backward_band {
 
-constexpr int kConsumers = 2;                            // warpgroups that compute
+constexpr int kConsumers = 2;  // warpgroups that compute
 static_assert(kTileRows == kConsumers * kWarpgroupRows);
 constexpr int kParts = kTileRows / kWarpgroupRows;  // a tile comes 64 rows at a time
 constexpr int kStatsWarps = 2;
@@ -31,9 +31,9 @@ struct alignas(16) Stats {
 
 // A tile of queries beside the keys of the tile before, and of its own rows.
 struct Step {
-  QueryTile tile;  // no row: the last step
-  int parts;       // of 64 queries
-  bool back;       // the keys of the tile before
+  QueryTile tile;   // no row: the last step
+  int parts;        // of 64 queries
+  bool back;        // the keys of the tile before
   bool loads_back;  // which begin here: another CTA sums their gradients
   bool own;         // the keys of the tile
   bool keeps_own;   // which the queries of the next tile attend too
@@ -46,7 +46,7 @@ struct Config {
   static constexpr int kHeadDimV = kHeadDimV_;
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kColumns = kHeadDim + kHeadDimV;
-  static constexpr int kKeyStages = kColumns <= 128 ? 3 : 2;                           // of 128
+  static constexpr int kKeyStages = kColumns <= 128 ? 3 : 2;                          // of 128
   static constexpr int kQueryStages = kColumns <= 128 ? 5 : kColumns <= 192 ? 3 : 2;  // of 64
   static constexpr int kStepStages = 4;
   // Registers of a lane that loads and of one that computes.

@@ -17,7 +17,7 @@ inline bool same(const SequenceView& a, const SequenceView& b) {
 // the tile after it in a sequence in token order, at most.
 inline bool fits(const Branch& branch) {
   const SequenceView& view = branch.queries;
-  if (branch.segment_count != 1 || branch.blocks.rows != nullptr) return false;
+  if (branch.segment_count != 1 || branch.blocks.size != 0) return false;
   if (!same(view, branch.segments[0].keys)) return false;
   if (view.max_rows <= kTileRows) return true;
   const Run& run = branch.run;

@@ -167,8 +167,8 @@ __device__ __forceinline__ void load_keys(SharedMemory& smem, const BackwardPara
       place.wait_empty(smem.v_ring);
 #pragma unroll 1
       for (int number = 0; number < step_parts(tile); ++number) {
-        load_part<T>(smem.v[place.stage][number], v_full, maps.v, view, params.v,
-                     params.head_dim_v, kv_head, part_of(tile, number));
+        load_part<T>(smem.v[place.stage][number], v_full, maps.v, view, params.v, params.head_dim_v,
+                     kv_head, part_of(tile, number));
       }
       ptx::cp_async_arrive(v_full);
 
@@ -208,8 +208,8 @@ template <class Config, class SharedMemory>
 __device__ __forceinline__ void find_stats(SharedMemory& smem, const BackwardParams& params,
                                            int warp) {
   using T = typename Config::Element;
-  constexpr int kVectors = Config::kHeadDimV / 64;     // of a lane in a row
-  constexpr int kRowsAtOnce = 4 / kVectors;            // of a lane
+  constexpr int kVectors = Config::kHeadDimV / 64;  // of a lane in a row
+  constexpr int kRowsAtOnce = 4 / kVectors;         // of a lane
   constexpr int kWarpRows = kWarpgroupRows / kStatsWarps;
   const SequenceView& view = params.branch.queries;
   const int lane = threadIdx.x % 32;
@@ -241,8 +241,8 @@ __device__ __forceinline__ void find_stats(SharedMemory& smem, const BackwardPar
             const int column = k * 64 + lane % 8 * 8;
             out[j][k] = {};
             if (finds && row < part.rows && column < params.head_dim_v) {
-              out[j][k] = *reinterpret_cast<const uint4*>(
-                  out_gmem + token * params.out.row_stride + column);
+              out[j][k] = *reinterpret_cast<const uint4*>(out_gmem + token * params.out.row_stride +
+                                                          column);
             }
           }
         }
@@ -252,8 +252,8 @@ __device__ __forceinline__ void find_stats(SharedMemory& smem, const BackwardPar
           float delta = 0.f;
 #pragma unroll
           for (int k = 0; k < kVectors; ++k) {
-            delta += dot<T>(out[j][k], *reinterpret_cast<const uint4*>(
-                                           dout_smem.at(row, k * 8 + lane % 8)));
+            delta += dot<T>(out[j][k],
+                            *reinterpret_cast<const uint4*>(dout_smem.at(row, k * 8 + lane % 8)));
           }
 #pragma unroll
           for (int distance = 4; distance > 0; distance /= 2) {
@@ -317,7 +317,7 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
   Place<Config::kKeyStages> back_place, own_place;
   Place<Config::kQueryStages> query_place;
   Place<Config::kStepStages> step_place;
-  Place<1> dscores_place;  // filled for every part of queries
+  Place<1> dscores_place;                 // filled for every part of queries
   typename Config::GradientK gradient_k;  // over scale
   typename Config::GradientV gradient_v;
 
@@ -455,9 +455,9 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
         sync();  // no warp's wgmma reads these values any more
         store_sum<T>(gradient_k, params.scale, scratch_smem, warp_row, 0,
                      {params.dk, branch.queries, tile, row, 0, params.head_dim, params.accumulate});
-        store_sum<T>(gradient_v, 1.f, scratch_smem, warp_row, 0,
-                     {params.dv, branch.queries, tile, row, 0, params.head_dim_v,
-                      params.accumulate});
+        store_sum<T>(
+            gradient_v, 1.f, scratch_smem, warp_row, 0,
+            {params.dv, branch.queries, tile, row, 0, params.head_dim_v, params.accumulate});
         ptx::fence_async_proxy();
       }
       key_place.arrive_empty(smem.v_ring);

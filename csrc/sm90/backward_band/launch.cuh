@@ -10,8 +10,8 @@ template <class T, int kHeadDim, int kHeadDimV>
 void launch(const BackwardParams& params) {
   using Config = Config<T, kHeadDim, kHeadDimV>;
   const SequenceView& view = params.branch.queries;
-  const QueryTiles tiles = QueryTiles::of(params.branch, kTileRows, params.first_head,
-                                          params.head_count, params.batch);
+  const QueryTiles tiles =
+      QueryTiles::of(params.branch, kTileRows, params.first_head, params.head_count, params.batch);
   if (tiles.count == 0) return;
   const auto map = [&](const TensorView& tensor, int head_dim, int heads) {
     return ViewMap::of(tensor, view, head_dim, heads, params.batch, kWarpgroupRows, params.element,
