@@ -13,6 +13,7 @@
 
 #include "attention/cover.h"
 #include "params.h"
+#include "sm90/backward_band/fits.h"
 #if SPARSE_ATTN_CUDA
 #include "dispatch.h"
 #endif
@@ -249,12 +250,12 @@ PYBIND11_MODULE(_C, module) {
            py::arg("head_stride"));
   module.def("cover", &cover_bytes, py::arg("branches"), py::arg("length"), py::arg("tile_queries"),
              py::arg("tile_keys"));
+  module.def("sums_at_once", &sm90::backward_band::fits, py::arg("branch"));
   module.def("build_info", &build_info);
   module.attr("max_chunks") = kMaxChunks;
 #if SPARSE_ATTN_CUDA
   module.def("head_dims", &head_dims);
   module.def("sm90_fits", &sm90_fits, py::arg("head_dim"), py::arg("head_dim_v"));
-  module.def("sums_at_once", &sums_at_once, py::arg("branch"));
   module.def("driver_version", &driver_version);
   module.def("forward", &launch_forward, py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"),
              py::arg("out"), py::arg("lse"), py::arg("batch"), py::arg("heads"),

@@ -12,7 +12,6 @@
 #include "sm80/block_rows.h"
 #include "sm80/forward/launch.h"
 #include "sm90/backward/launch.h"
-#include "sm90/backward_band/fits.h"
 #include "sm90/backward_band/launch.h"
 #include "sm90/forward/launch.h"
 
@@ -172,8 +171,6 @@ bool sm90_fits(int head_dim, int head_dim_v) {
   const auto* sm90 = find(kForwardSm90, Element::float16, head_dim, head_dim_v);
   return sm80 != nullptr && sm90 != nullptr && sm90->size() <= sm80->size();
 }
-
-bool sums_at_once(const Branch& branch) { return sm90::backward_band::fits(branch); }
 
 int driver_version() {
   int version = 0;

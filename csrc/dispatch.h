@@ -31,9 +31,6 @@ std::vector<std::pair<int, int>> head_dims();
 // head dims.
 bool sm90_fits(int head_dim, int head_dim_v);
 
-// Whether one kernel of compute capability 9.0 sums all gradients of a branch, here transposed.
-bool sums_at_once(const Branch& branch);
-
 // CUDA version that the driver supports (13000 for 13.0); 0 without a driver.
 int driver_version();
 
