@@ -346,16 +346,24 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
     const Band& band = smem.band[key_stage];
     const int first_key = number * kWarpgroupRows;
     const int keys = band.rows - first_key;
-    if (first < band.first[first_key + least(keys, kWarpgroupRows) - 1] ||
-        first + kWarpgroupRows > band.end[first_key] || keys < kWarpgroupRows) {
-      int from[kLaneRows], to[kLaneRows];
+    // Most are cut at one end only.
+    int bound[kLaneRows];
+    if (first < band.first[first_key + least(keys, kWarpgroupRows) - 1]) {
 #pragma unroll
       for (int i = 0; i < kLaneRows; ++i) {
-        const int key = first_key + warp_row + Scores::row(i);
-        from[i] = band.first[key] - first, to[i] = band.end[key] - first;
+        bound[i] = band.first[first_key + warp_row + Scores::row(i)] - first;
       }
       weights.for_each([&](float& weight, int row, int column) {
-        if (column < from[row] || column >= to[row]) weight = 0.f;
+        if (column < bound[row]) weight = 0.f;
+      });
+    }
+    if (first + kWarpgroupRows > band.end[first_key] || keys < kWarpgroupRows) {
+#pragma unroll
+      for (int i = 0; i < kLaneRows; ++i) {
+        bound[i] = band.end[first_key + warp_row + Scores::row(i)] - first;
+      }
+      weights.for_each([&](float& weight, int row, int column) {
+        if (column >= bound[row]) weight = 0.f;
       });
     }
     ptx::wgmma_wait<0>();
