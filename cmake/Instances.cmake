@@ -12,8 +12,9 @@ set(SPARSE_ATTN_INSTANCES_DIR "${CMAKE_CURRENT_BINARY_DIR}/instances")
 # Writes <arch>/<direction>/*.cu and <arch>/<direction>/instances.inc; `sources` gets the .cu files.
 function(write_instances arch direction sources)
   set(folder "${SPARSE_ATTN_INSTANCES_DIR}/${arch}/${direction}")
-  string(SUBSTRING ${direction} 0 1 initial)
-  string(SUBSTRING ${direction} 1 -1 rest)
+  string(REGEX REPLACE "_.*" "" word ${direction})  # backward_band: BackwardParams
+  string(SUBSTRING ${word} 0 1 initial)
+  string(SUBSTRING ${word} 1 -1 rest)
   string(TOUPPER ${initial} initial)
   set(params "${initial}${rest}Params")
   foreach(element IN LISTS SPARSE_ATTN_ELEMENTS)
