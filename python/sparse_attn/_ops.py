@@ -3,16 +3,17 @@
 
 A pattern travels as its ``spec`` and the layout of a `BlockSparse`, without the sequence length, so
 that ``torch.compile`` with a changing length compiles once more and not once for each length.
-Inputs are checked here, once for every path.
+Inputs are checked here, once for every path. What a call needs besides its tensors' memory is
+prepared once and remembered: the checks, the backend, the plan, the kernels' arguments.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,22 +21,12 @@ from .backends import cuda, reference
 from .backends import torch as torch_backend
 from .dispatch import choose_backend, warn_once
 from .patterns import BlockSparse, Pattern, PerHead, pattern_of
+from .tensor_meta import AnyTensor, TensorMeta
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-_FORWARD: dict[str, Callable[..., None]] = {
-    "cuda_sm80": partial(cuda.forward, sm90=False),
-    "cuda_sm90": partial(cuda.forward, sm90=True),
-    "torch": torch_backend.forward,
-    "reference": reference.forward,
-}
-_BACKWARD: dict[str, Callable[..., None]] = {
-    "cuda_sm80": partial(cuda.backward, sm90=False),
-    "cuda_sm90": partial(cuda.backward, sm90=True),
-    "torch": torch_backend.backward,
-    "reference": reference.backward,
-}
+_TORCH_BACKENDS: dict[str, ModuleType] = {"torch": torch_backend, "reference": reference}
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 torch.library.define(
@@ -52,10 +43,30 @@ torch.library.define(
 )
 
 
-def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> None:
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: torch.Tensor | None,
+    pattern: str,
+    scale: float | None,
+    backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The operator ``forward``, outside of a trace without its costly way through autograd."""
+    operator = torch.ops.sparse_attn.forward.default
+    inputs = (q, k, v, layout, pattern, scale, backend)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return operator(*inputs)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Attention.apply(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*inputs)
+
+
+def check(q: AnyTensor, k: AnyTensor, v: AnyTensor, pattern: Pattern) -> None:
     """Raises on inputs that no backend takes, before any work."""
     shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if not q.dim() == k.dim() == v.dim() == 4:
+    if not len(q.shape) == len(k.shape) == len(v.shape) == 4:
         raise ValueError(
             f"q, k and v must have 4 dimensions (batch, heads, seq, head_dim), {shapes}"
         )
@@ -117,13 +128,21 @@ def _empty_outputs(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torc
     return _empty(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
-def _scale(scale: float | None, q: torch.Tensor) -> float:
+def _scale(scale: float | None, q: AnyTensor) -> float:
     return 1 / math.sqrt(q.shape[3]) if scale is None else scale
 
 
-def _without_autocast(name: str, device: torch.device) -> AbstractContextManager[Any]:
-    """Keeps autocast, which has chosen the dtype of the inputs, out of a backend's arithmetic."""
-    return nullcontext() if name.startswith("cuda") else torch.autocast(device.type, enabled=False)
+class _Call(NamedTuple):
+    """A call prepared for inputs of some shapes, strides, dtypes and a device."""
+
+    run: Callable[..., None] | None  # takes inputs and outputs; None if there is nothing to do
+    fallback: str | None  # why a CUDA call runs on the torch backend
+    outputs: tuple[TensorMeta, ...]
+
+
+def _key(x: torch.Tensor) -> tuple[Any, ...]:
+    """The fields of a `TensorMeta`: a plain tuple takes less time to make."""
+    return x.shape, x.stride(), x.dtype, x.device
 
 
 @torch.library.impl("sparse_attn::forward", "CompositeExplicitAutograd")
@@ -136,16 +155,70 @@ def _forward(
     scale: float | None,
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    parsed = pattern_of(pattern, layout)
-    check(q, k, v, parsed)
-    name, fallback = choose_backend(q, k, v, parsed, backend)
-    if fallback is not None:
-        warn_once(fallback)
-    out, lse = _empty_outputs(q, v)
-    if lse.numel():
-        with _without_autocast(name, q.device):
-            _FORWARD[name](q, k, v, parsed, _scale(scale, q), out, lse)
+    keys = _key(q), _key(k), _key(v)
+    if layout is None:
+        call = _remembered_forward(*keys, pattern, scale, backend)
+    else:
+        call = _prepare_forward(*keys, pattern_of(pattern, layout), scale, backend)
+    if call.fallback is not None:
+        warn_once(call.fallback)
+    out_meta, lse_meta = call.outputs
+    out, lse = out_meta.empty(), lse_meta.empty()
+    if call.run is not None:
+        call.run(q, k, v, out, lse)
     return out, lse
+
+
+@lru_cache(maxsize=1024)
+def _remembered_forward(
+    q: tuple[Any, ...],
+    k: tuple[Any, ...],
+    v: tuple[Any, ...],
+    pattern: str,
+    scale: float | None,
+    backend: str | None,
+) -> _Call:
+    """Without a layout, which would be kept alive."""
+    return _prepare_forward(q, k, v, pattern_of(pattern, None), scale, backend)
+
+
+def _prepare_forward(
+    q_key: tuple[Any, ...],
+    k_key: tuple[Any, ...],
+    v_key: tuple[Any, ...],
+    pattern: Pattern,
+    scale: float | None,
+    backend: str | None,
+) -> _Call:
+    q, k, v = (TensorMeta(*key) for key in (q_key, k_key, v_key))
+    check(q, k, v, pattern)
+    name, fallback = choose_backend(q, k, v, pattern, backend)
+    out, lse = (
+        TensorMeta.of(x)._replace(device=q.device)
+        for x in _empty_outputs(q.without_memory(), v.without_memory())
+    )
+    run: Callable[..., None] | None = None
+    if lse.shape.numel() and name in _TORCH_BACKENDS:
+        run = partial(_run_forward, _TORCH_BACKENDS[name], pattern, _scale(scale, q))
+    elif lse.shape.numel():
+        sm90 = name == "cuda_sm90"
+        run = cuda.ForwardCall(pattern, _scale(scale, q), q, k, v, out, sm90=sm90)
+    return _Call(run, fallback, (out, lse))
+
+
+def _run_forward(
+    backend: ModuleType,
+    pattern: Pattern,
+    scale: float,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    # Autocast has chosen the dtype of the inputs; the arithmetic is the backend's.
+    with torch.autocast(q.device.type, enabled=False):
+        backend.forward(q, k, v, pattern, scale, out, lse)
 
 
 @torch.library.register_fake("sparse_attn::forward")
@@ -176,14 +249,74 @@ def _backward(
     scale: float | None,
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dq, dk, dv = (_empty(x, x.shape[3]) for x in (q, k, v))
-    if lse.numel():
-        parsed = pattern_of(pattern, layout)
-        name, _ = choose_backend(q, k, v, parsed, backend)
-        with _without_autocast(name, q.device):
-            run = _BACKWARD[name]
-            run(dout, dlse, q, k, v, out, lse, parsed, _scale(scale, q), dq, dk, dv)
+    keys = _key(dout), _key(q), _key(k), _key(v), _key(out)
+    if layout is None:
+        call = _remembered_backward(*keys, pattern, scale, backend)
+    else:
+        call = _prepare_backward(*keys, pattern_of(pattern, layout), scale, backend)
+    dq_meta, dk_meta, dv_meta = call.outputs
+    dq, dk, dv = dq_meta.empty(), dk_meta.empty(), dv_meta.empty()
+    if call.run is not None:
+        call.run(dout, dlse, q, k, v, out, lse, dq, dk, dv)
     return dq, dk, dv
+
+
+@lru_cache(maxsize=1024)
+def _remembered_backward(
+    dout: tuple[Any, ...],
+    q: tuple[Any, ...],
+    k: tuple[Any, ...],
+    v: tuple[Any, ...],
+    out: tuple[Any, ...],
+    pattern: str,
+    scale: float | None,
+    backend: str | None,
+) -> _Call:
+    return _prepare_backward(dout, q, k, v, out, pattern_of(pattern, None), scale, backend)
+
+
+def _prepare_backward(
+    dout_key: tuple[Any, ...],
+    q_key: tuple[Any, ...],
+    k_key: tuple[Any, ...],
+    v_key: tuple[Any, ...],
+    out_key: tuple[Any, ...],
+    pattern: Pattern,
+    scale: float | None,
+    backend: str | None,
+) -> _Call:
+    dout, q, k, v, out = (TensorMeta(*x) for x in (dout_key, q_key, k_key, v_key, out_key))
+    name, fallback = choose_backend(q, k, v, pattern, backend)
+    dq, dk, dv = (
+        TensorMeta.of(_empty(x.without_memory(), x.shape[3]))._replace(device=q.device)
+        for x in (q, k, v)
+    )
+    run: Callable[..., None] | None = None
+    if out.shape[:3].numel() and name in _TORCH_BACKENDS:
+        run = partial(_run_backward, _TORCH_BACKENDS[name], pattern, _scale(scale, q))
+    elif out.shape[:3].numel():
+        metas = dout, q, k, v, out, dq, dk, dv
+        run = cuda.BackwardCall(pattern, _scale(scale, q), *metas, sm90=name == "cuda_sm90")
+    return _Call(run, fallback, (dq, dk, dv))
+
+
+def _run_backward(
+    backend: ModuleType,
+    pattern: Pattern,
+    scale: float,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+) -> None:
+    with torch.autocast(q.device.type, enabled=False):
+        backend.backward(dout, dlse, q, k, v, out, lse, pattern, scale, dq, dk, dv)
 
 
 @torch.library.register_fake("sparse_attn::backward")
@@ -208,10 +341,12 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...
 def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> Any:
     q, k, v, layout, out, lse = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    grads = torch.ops.sparse_attn.backward(
-        dout, dlse, q, k, v, out, lse, layout, ctx.pattern, ctx.scale, ctx.backend
-    )
-    return *grads, None, None, None, None
+    operator = torch.ops.sparse_attn.backward.default
+    inputs = (dout, dlse, q, k, v, out, lse, layout, ctx.pattern, ctx.scale, ctx.backend)
+    if torch.is_grad_enabled():  # asked for a second derivative
+        return *operator(*inputs), None, None, None, None
+    with torch._C._AutoDispatchBelowAutograd():
+        return *operator(*inputs), None, None, None, None
 
 
 def _differentiate_twice(ctx: Any, *grads: Any) -> Any:
@@ -222,3 +357,16 @@ torch.library.register_autograd(
     "sparse_attn::forward", _differentiate, setup_context=_save_for_backward
 )
 torch.library.register_autograd("sparse_attn::backward", _differentiate_twice)
+
+
+class _Attention(torch.autograd.Function):
+    """What ``register_autograd`` makes of the operator, in a third of its time."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = torch.ops.sparse_attn.forward.default(*inputs)
+        _save_for_backward(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_differentiate)
