@@ -27,6 +27,13 @@ MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _TORCH_BACKENDS: dict[str, ModuleType] = {"torch": torch_backend, "reference": reference}
+# What the dispatcher includes by itself, out of inference mode and in it; dispatch modes, traces
+# and the transforms of torch.func include more.
+_BACKEND_SELECT = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+_KEYS_WITHOUT_MODE = (
+    _BACKEND_SELECT.add(torch._C.DispatchKey.ADInplaceOrView).raw_repr(),
+    _BACKEND_SELECT.raw_repr(),
+)
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 torch.library.define(
@@ -52,15 +59,25 @@ def attention(
     scale: float | None,
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The operator ``forward``, outside of a trace without its costly way through autograd."""
-    operator = torch.ops.sparse_attn.forward.default
+    """The operator ``forward``, past the dispatcher where that has nothing to add.
+
+    Of a call from Python the dispatcher and its autograd take more time than all the rest.
+    """
     inputs = (q, k, v, layout, pattern, scale, backend)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return operator(*inputs)
+    if torch.compiler.is_compiling() or not _is_plain(q, k, v):
+        return torch.ops.sparse_attn.forward.default(*inputs)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Attention.apply(*inputs)
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*inputs)
+    return _forward(*inputs)
+
+
+def _is_plain(*tensors: torch.Tensor) -> bool:
+    """Whether a call on them means work on their memory: no subclass, no lazy negative, no mode."""
+    for x in tensors:
+        if type(x) is not torch.Tensor or x.is_neg():
+            return False
+    keys = torch._C._dispatch_tls_local_include_set().raw_repr()
+    return keys in _KEYS_WITHOUT_MODE and not torch.autograd._profiler_enabled()
 
 
 def check(q: AnyTensor, k: AnyTensor, v: AnyTensor, pattern: Pattern) -> None:
@@ -145,7 +162,6 @@ def _key(x: torch.Tensor) -> tuple[Any, ...]:
     return x.shape, x.stride(), x.dtype, x.device
 
 
-@torch.library.impl("sparse_attn::forward", "CompositeExplicitAutograd")
 def _forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -167,6 +183,9 @@ def _forward(
     if call.run is not None:
         call.run(q, k, v, out, lse)
     return out, lse
+
+
+torch.library.impl("sparse_attn::forward", "CompositeExplicitAutograd")(_forward)
 
 
 @lru_cache(maxsize=1024)
@@ -235,7 +254,6 @@ def _forward_fake(
     return _empty_outputs(q, v)
 
 
-@torch.library.impl("sparse_attn::backward", "CompositeExplicitAutograd")
 def _backward(
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
@@ -259,6 +277,9 @@ def _backward(
     if call.run is not None:
         call.run(dout, dlse, q, k, v, out, lse, dq, dk, dv)
     return dq, dk, dv
+
+
+torch.library.impl("sparse_attn::backward", "CompositeExplicitAutograd")(_backward)
 
 
 @lru_cache(maxsize=1024)
@@ -341,12 +362,11 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...
 def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> Any:
     q, k, v, layout, out, lse = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    operator = torch.ops.sparse_attn.backward.default
     inputs = (dout, dlse, q, k, v, out, lse, layout, ctx.pattern, ctx.scale, ctx.backend)
-    if torch.is_grad_enabled():  # asked for a second derivative
-        return *operator(*inputs), None, None, None, None
-    with torch._C._AutoDispatchBelowAutograd():
-        return *operator(*inputs), None, None, None, None
+    plain = _is_plain(dout, q, k, v, out, lse) and (dlse is None or _is_plain(dlse))
+    if plain and not torch.is_grad_enabled():  # nobody asks for a second derivative
+        return *_backward(*inputs), None, None, None, None
+    return *torch.ops.sparse_attn.backward(*inputs), None, None, None, None
 
 
 def _differentiate_twice(ctx: Any, *grads: Any) -> Any:
@@ -360,12 +380,11 @@ torch.library.register_autograd("sparse_attn::backward", _differentiate_twice)
 
 
 class _Attention(torch.autograd.Function):
-    """What ``register_autograd`` makes of the operator, in a third of its time."""
+    """What ``register_autograd`` makes of the operator, past the dispatcher."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            output = torch.ops.sparse_attn.forward.default(*inputs)
+        output = _forward(*inputs)
         _save_for_backward(ctx, inputs, output)
         return output
 
