@@ -59,20 +59,17 @@ def attention(
     scale: float | None,
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The operator ``forward``, past the dispatcher where that has nothing to add.
-
-    Of a call from Python the dispatcher and its autograd take more time than all the rest.
-    """
+    """The operator ``forward``, past the dispatcher where that has nothing to add to the time."""
     inputs = (q, k, v, layout, pattern, scale, backend)
     if torch.compiler.is_compiling() or not _is_plain(q, k, v):
         return torch.ops.sparse_attn.forward.default(*inputs)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Attention.apply(*inputs)
-    return _forward(*inputs)
+    return _Forward.apply(*inputs) if _needs_gradients(q, k, v) else _forward(*inputs)
 
 
 def _is_plain(*tensors: torch.Tensor) -> bool:
     """Whether a call on them means work on their memory: no subclass, no lazy negative, no mode."""
+    if tensors[0].is_meta:
+        return False
     for x in tensors:
         if type(x) is not torch.Tensor or x.is_neg():
             return False
@@ -353,39 +350,69 @@ def _backward_fake(
     return dq, dk, dv
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    q, k, v, layout, ctx.pattern, ctx.scale, ctx.backend = inputs
-    ctx.save_for_backward(q, k, v, layout, *output)
-    ctx.set_materialize_grads(False)
+# Autograd, by hand: what ``torch.library.register_autograd`` makes takes several times as long.
 
 
-def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> Any:
-    q, k, v, layout, out, lse = ctx.saved_tensors
-    dout = torch.zeros_like(out) if dout is None else dout
-    inputs = (dout, dlse, q, k, v, out, lse, layout, ctx.pattern, ctx.scale, ctx.backend)
-    plain = _is_plain(dout, q, k, v, out, lse) and (dlse is None or _is_plain(dlse))
-    if plain and not torch.is_grad_enabled():  # nobody asks for a second derivative
-        return *_backward(*inputs), None, None, None, None
-    return *torch.ops.sparse_attn.backward(*inputs), None, None, None, None
+def _forward_below_autograd(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    if _is_plain(*inputs[:3]):
+        return _forward(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.sparse_attn.forward.default(*inputs)
 
 
-def _differentiate_twice(ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError("sparse_attn.attention cannot be differentiated twice")
+def _backward_below_autograd(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if _is_plain(*(x for x in inputs[:7] if x is not None)):
+        return _backward(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.sparse_attn.backward.default(*inputs)
 
 
-torch.library.register_autograd(
-    "sparse_attn::forward", _differentiate, setup_context=_save_for_backward
-)
-torch.library.register_autograd("sparse_attn::backward", _differentiate_twice)
-
-
-class _Attention(torch.autograd.Function):
-    """What ``register_autograd`` makes of the operator, past the dispatcher."""
-
+class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
-        output = _forward(*inputs)
-        _save_for_backward(ctx, inputs, output)
-        return output
+        q, k, v, layout, *ctx.options = inputs
+        out, lse = _forward_below_autograd(*inputs)
+        ctx.save_for_backward(q, k, v, layout, out, lse)
+        ctx.set_materialize_grads(False)
+        return out, lse
 
-    backward = staticmethod(_differentiate)
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> Any:
+        q, k, v, layout, out, lse = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout
+        inputs = (dout, dlse, q, k, v, out, lse, layout, *ctx.options)
+        return *_differentiable_backward(*inputs), None, None, None, None
+
+
+class _Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        return _backward_below_autograd(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError("sparse_attn.attention cannot be differentiated twice")
+
+
+def _needs_gradients(*tensors: torch.Tensor | None) -> bool:
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
+    return False
+
+
+def _differentiable_forward(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    if _needs_gradients(*inputs[:3]):
+        return _Forward.apply(*inputs)
+    return _forward_below_autograd(*inputs)
+
+
+def _differentiable_backward(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if _needs_gradients(*inputs[:7]):
+        return _Backward.apply(*inputs)
+    return _backward_below_autograd(*inputs)
+
+
+torch.library.impl("sparse_attn::forward", "Autograd")(_differentiable_forward)
+torch.library.impl("sparse_attn::backward", "Autograd")(_differentiable_backward)
