@@ -16,12 +16,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import oracle
 import sparse_attn as sa
-from compare import assert_same_bits
+from compare import assert_close, assert_same_bits
 from sparse_attn import _ops
 from sparse_attn.backends import cuda
 
-CACHES = (_ops._remembered_forward, _ops._remembered_backward)
+CACHES = (_ops._prepare_forward, _ops._prepare_backward)
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +103,19 @@ def test_a_remembered_call_is_not_taken_for_another(name: str) -> None:
     assert all(cache.cache_info().hits > 0 for cache in CACHES)
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_layouts_of_one_shape(backend: str | None) -> None:
+    """Other values, other strides, one layout for all heads: prepared alike or not, never mixed."""
+    q, k, v = tensors(dtype=torch.float64)
+    layout = torch.rand(4, 3, 3) < 0.5
+    layouts = [layout, ~layout, layout.mT, layout[:1], layout.clone()]
+    for blocks in (*layouts, *reversed(layouts)):
+        pattern = sa.BlockSparse(blocks, 16)
+        wanted = oracle.attention(q, k, v, list(pattern.mask(37).expand(4, 37, 37))).out
+        assert_close("out", sa.attention(q, k, v, pattern, backend=backend), wanted)
+    assert _ops._prepare_forward.cache_info().misses == 3
+
+
 def test_requires_grad_may_change() -> None:
     q, k, v = tensors()
     wanted = sa.attention(q, k, v, sa.Strided(7))
@@ -115,7 +129,7 @@ def test_requires_grad_may_change() -> None:
         if any(wants):
             out.sum().backward()
             assert (q.grad is not None, v.grad is not None) == wants
-    assert _ops._remembered_forward.cache_info().misses == 1
+    assert _ops._prepare_forward.cache_info().misses == 1
 
 
 def test_the_operator_and_the_function_have_the_same_gradients() -> None:
@@ -242,9 +256,9 @@ def test_memory_is_bounded() -> None:
     q, k, v = tensors((1, 1, 3, 8))
     for number in range(1100):
         sa.attention(q, k, v, sa.Local(2), scale=1 / (number + 1))
-    info = _ops._remembered_forward.cache_info()
+    info = _ops._prepare_forward.cache_info()
     assert info.misses == 1100 and info.maxsize is not None and info.currsize <= info.maxsize
-    for cache in (_ops._remembered_backward, cuda._forward_launches, cuda._backward_launches):
+    for cache in (_ops._prepare_backward, cuda._forward_launches, cuda._backward_launches):
         assert cache.cache_info().maxsize is not None
 
 

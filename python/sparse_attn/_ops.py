@@ -77,8 +77,10 @@ def _is_plain(*tensors: torch.Tensor) -> bool:
     return keys in _KEYS_WITHOUT_MODE and not torch.autograd._profiler_enabled()
 
 
-def check(q: AnyTensor, k: AnyTensor, v: AnyTensor, pattern: Pattern) -> None:
-    """Raises on inputs that no backend takes, before any work."""
+def check(
+    q: AnyTensor, k: AnyTensor, v: AnyTensor, pattern: Pattern, layout: AnyTensor | None
+) -> None:
+    """Raises on inputs that no backend takes, before any work; ``layout`` is the pattern's."""
     shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not len(q.shape) == len(k.shape) == len(v.shape) == 4:
         raise ValueError(
@@ -108,10 +110,10 @@ def check(q: AnyTensor, k: AnyTensor, v: AnyTensor, pattern: Pattern) -> None:
     check_pattern(pattern, q.shape[1])
     if isinstance(pattern, BlockSparse):
         pattern.check_length(q.shape[2])
-        if pattern.layout.device != q.device:
-            raise RuntimeError(
-                f"the layout must be on the device of q, got {pattern.layout.device} and {q.device}"
-            )
+    if layout is not None and layout.device != q.device:
+        raise RuntimeError(
+            f"the layout must be on the device of q, got {layout.device} and {q.device}"
+        )
 
 
 def check_pattern(pattern: Pattern, heads: int | None = None) -> None:
@@ -154,7 +156,10 @@ class _Call(NamedTuple):
     outputs: tuple[TensorMeta, ...]
 
 
-def _key(x: torch.Tensor) -> tuple[Any, ...]:
+_Key = tuple[Any, ...]
+
+
+def _key(x: torch.Tensor) -> _Key:
     """The fields of a `TensorMeta`: a plain tuple takes less time to make."""
     return x.shape, x.stride(), x.dtype, x.device
 
@@ -168,17 +173,14 @@ def _forward(
     scale: float | None,
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    keys = _key(q), _key(k), _key(v)
-    if layout is None:
-        call = _remembered_forward(*keys, pattern, scale, backend)
-    else:
-        call = _prepare_forward(*keys, pattern_of(pattern, layout), scale, backend)
+    layout_key = None if layout is None else _key(layout)
+    call = _prepare_forward(_key(q), _key(k), _key(v), layout_key, pattern, scale, backend)
     if call.fallback is not None:
         warn_once(call.fallback)
     out_meta, lse_meta = call.outputs
     out, lse = out_meta.empty(), lse_meta.empty()
     if call.run is not None:
-        call.run(q, k, v, out, lse)
+        call.run(q, k, v, layout, out, lse)
     return out, lse
 
 
@@ -186,55 +188,47 @@ torch.library.impl("sparse_attn::forward", "CompositeExplicitAutograd")(_forward
 
 
 @lru_cache(maxsize=1024)
-def _remembered_forward(
-    q: tuple[Any, ...],
-    k: tuple[Any, ...],
-    v: tuple[Any, ...],
-    pattern: str,
-    scale: float | None,
-    backend: str | None,
-) -> _Call:
-    """Without a layout, which would be kept alive."""
-    return _prepare_forward(q, k, v, pattern_of(pattern, None), scale, backend)
-
-
 def _prepare_forward(
-    q_key: tuple[Any, ...],
-    k_key: tuple[Any, ...],
-    v_key: tuple[Any, ...],
-    pattern: Pattern,
+    q_key: _Key,
+    k_key: _Key,
+    v_key: _Key,
+    layout_key: _Key | None,
+    spec: str,
     scale: float | None,
     backend: str | None,
 ) -> _Call:
     q, k, v = (TensorMeta(*key) for key in (q_key, k_key, v_key))
-    check(q, k, v, pattern)
+    layout = None if layout_key is None else TensorMeta(*layout_key)
+    pattern = pattern_of(spec, None if layout is None else layout.without_memory())
+    check(q, k, v, pattern, layout)
     name, fallback = choose_backend(q, k, v, pattern, backend)
     out, lse = (
         TensorMeta.of(x)._replace(device=q.device)
         for x in _empty_outputs(q.without_memory(), v.without_memory())
     )
+    scale = _scale(scale, q)
     run: Callable[..., None] | None = None
     if lse.shape.numel() and name in _TORCH_BACKENDS:
-        run = partial(_run_forward, _TORCH_BACKENDS[name], pattern, _scale(scale, q))
+        run = partial(_run_forward, _TORCH_BACKENDS[name], spec, scale)
     elif lse.shape.numel():
-        sm90 = name == "cuda_sm90"
-        run = cuda.ForwardCall(pattern, _scale(scale, q), q, k, v, out, sm90=sm90)
+        run = cuda.ForwardCall(pattern, scale, q, k, v, out, sm90=name == "cuda_sm90")
     return _Call(run, fallback, (out, lse))
 
 
 def _run_forward(
     backend: ModuleType,
-    pattern: Pattern,
+    spec: str,
     scale: float,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    layout: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
     # Autocast has chosen the dtype of the inputs; the arithmetic is the backend's.
     with torch.autocast(q.device.type, enabled=False):
-        backend.forward(q, k, v, pattern, scale, out, lse)
+        backend.forward(q, k, v, pattern_of(spec, layout), scale, out, lse)
 
 
 @torch.library.register_fake("sparse_attn::forward")
@@ -247,7 +241,7 @@ def _forward_fake(
     scale: float | None,
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    check(q, k, v, pattern_of(pattern, layout))
+    check(q, k, v, pattern_of(pattern, layout), layout)
     return _empty_outputs(q, v)
 
 
@@ -264,15 +258,13 @@ def _backward(
     scale: float | None,
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    layout_key = None if layout is None else _key(layout)
     keys = _key(dout), _key(q), _key(k), _key(v), _key(out)
-    if layout is None:
-        call = _remembered_backward(*keys, pattern, scale, backend)
-    else:
-        call = _prepare_backward(*keys, pattern_of(pattern, layout), scale, backend)
+    call = _prepare_backward(*keys, layout_key, pattern, scale, backend)
     dq_meta, dk_meta, dv_meta = call.outputs
     dq, dk, dv = dq_meta.empty(), dk_meta.empty(), dv_meta.empty()
     if call.run is not None:
-        call.run(dout, dlse, q, k, v, out, lse, dq, dk, dv)
+        call.run(dout, dlse, q, k, v, out, lse, layout, dq, dk, dv)
     return dq, dk, dv
 
 
@@ -280,47 +272,38 @@ torch.library.impl("sparse_attn::backward", "CompositeExplicitAutograd")(_backwa
 
 
 @lru_cache(maxsize=1024)
-def _remembered_backward(
-    dout: tuple[Any, ...],
-    q: tuple[Any, ...],
-    k: tuple[Any, ...],
-    v: tuple[Any, ...],
-    out: tuple[Any, ...],
-    pattern: str,
-    scale: float | None,
-    backend: str | None,
-) -> _Call:
-    return _prepare_backward(dout, q, k, v, out, pattern_of(pattern, None), scale, backend)
-
-
 def _prepare_backward(
-    dout_key: tuple[Any, ...],
-    q_key: tuple[Any, ...],
-    k_key: tuple[Any, ...],
-    v_key: tuple[Any, ...],
-    out_key: tuple[Any, ...],
-    pattern: Pattern,
+    dout_key: _Key,
+    q_key: _Key,
+    k_key: _Key,
+    v_key: _Key,
+    out_key: _Key,
+    layout_key: _Key | None,
+    spec: str,
     scale: float | None,
     backend: str | None,
 ) -> _Call:
     dout, q, k, v, out = (TensorMeta(*x) for x in (dout_key, q_key, k_key, v_key, out_key))
+    layout = None if layout_key is None else TensorMeta(*layout_key).without_memory()
+    pattern = pattern_of(spec, layout)
     name, fallback = choose_backend(q, k, v, pattern, backend)
     dq, dk, dv = (
         TensorMeta.of(_empty(x.without_memory(), x.shape[3]))._replace(device=q.device)
         for x in (q, k, v)
     )
+    scale = _scale(scale, q)
     run: Callable[..., None] | None = None
     if out.shape[:3].numel() and name in _TORCH_BACKENDS:
-        run = partial(_run_backward, _TORCH_BACKENDS[name], pattern, _scale(scale, q))
+        run = partial(_run_backward, _TORCH_BACKENDS[name], spec, scale)
     elif out.shape[:3].numel():
         metas = dout, q, k, v, out, dq, dk, dv
-        run = cuda.BackwardCall(pattern, _scale(scale, q), *metas, sm90=name == "cuda_sm90")
+        run = cuda.BackwardCall(pattern, scale, *metas, sm90=name == "cuda_sm90")
     return _Call(run, fallback, (dq, dk, dv))
 
 
 def _run_backward(
     backend: ModuleType,
-    pattern: Pattern,
+    spec: str,
     scale: float,
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
@@ -329,10 +312,12 @@ def _run_backward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
+    layout: torch.Tensor | None,
     dq: torch.Tensor,
     dk: torch.Tensor,
     dv: torch.Tensor,
 ) -> None:
+    pattern = pattern_of(spec, layout)
     with torch.autocast(q.device.type, enabled=False):
         backend.backward(dout, dlse, q, k, v, out, lse, pattern, scale, dq, dk, dv)
 

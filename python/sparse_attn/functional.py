@@ -91,7 +91,7 @@ def which_backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pa
     'torch'
     """
     q, k, v = _inputs(q, k, v, pattern)
-    _ops.check(q, k, v, pattern)
+    _ops.check(q, k, v, pattern, pattern.layout if isinstance(pattern, BlockSparse) else None)
     return choose_backend(q, k, v, pattern)[0]
 
 

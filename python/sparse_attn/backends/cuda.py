@@ -121,7 +121,8 @@ def forward(
     sm90: bool,
 ) -> None:
     metas = (TensorMeta.of(x) for x in (q, k, v, out))
-    ForwardCall(pattern, scale, *metas, sm90=sm90)(q, k, v, out, lse)
+    layout = pattern.layout if isinstance(pattern, BlockSparse) else None
+    ForwardCall(pattern, scale, *metas, sm90=sm90)(q, k, v, layout, out, lse)
 
 
 def backward(
@@ -142,7 +143,8 @@ def backward(
 ) -> None:
     metas = (TensorMeta.of(x) for x in (dout, q, k, v, out, dq, dk, dv))
     call = BackwardCall(pattern, scale, *metas, sm90=sm90)
-    call(dout, dlse, q, k, v, out, lse, dq, dk, dv)
+    layout = pattern.layout if isinstance(pattern, BlockSparse) else None
+    call(dout, dlse, q, k, v, out, lse, layout, dq, dk, dv)
 
 
 class ForwardCall:
@@ -172,14 +174,17 @@ class ForwardCall:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
+        layout: torch.Tensor | None,
         out: torch.Tensor,
         lse: torch.Tensor,
     ) -> None:
         q_address, k_address, v_address = q.data_ptr(), k.data_ptr(), v.data_ptr()
         if not self._aligned or (q_address | k_address | v_address) % _ALIGNMENT:
             q, k, v = map(_aligned, (q, k, v))
-            return forward(q, k, v, self._pattern, self._scale, out, lse, sm90=self._sm90)
-        rows = _block_rows(self._pattern, q, keys_own=False)
+            metas = (TensorMeta.of(x) for x in (q, k, v, out))
+            call = ForwardCall(self._pattern, self._scale, *metas, sm90=self._sm90)
+            return call(q, k, v, layout, out, lse)
+        rows = _block_rows(self._pattern, layout, keys_own=False)
         self._launch(
             q_address,
             k_address,
@@ -252,6 +257,7 @@ class BackwardCall:
         v: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
+        layout: torch.Tensor | None,
         dq: torch.Tensor,
         dk: torch.Tensor,
         dv: torch.Tensor,
@@ -259,21 +265,9 @@ class BackwardCall:
         addresses = dout.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
         if not self._aligned or any(address % _ALIGNMENT for address in addresses):
             dout, q, k, v, out = map(_aligned, (dout, q, k, v, out))
-            return backward(
-                dout,
-                dlse,
-                q,
-                k,
-                v,
-                out,
-                lse,
-                self._pattern,
-                self._scale,
-                dq,
-                dk,
-                dv,
-                sm90=self._sm90,
-            )
+            metas = (TensorMeta.of(x) for x in (dout, q, k, v, out, dq, dk, dv))
+            call = BackwardCall(self._pattern, self._scale, *metas, sm90=self._sm90)
+            return call(dout, dlse, q, k, v, out, lse, layout, dq, dk, dv)
         kv_dk, kv_dv = dk, dv
         if self._summed is not None:
             dk, dv = (meta.empty() for meta in self._summed)
@@ -282,8 +276,8 @@ class BackwardCall:
             dv[:, heads].zero_()
         dlse = None if dlse is None else dlse.contiguous()
         stats = lse.new_empty((*lse.shape, 2))
-        query_rows = _block_rows(self._pattern, q, keys_own=False)
-        key_rows = _block_rows(self._pattern, q, keys_own=True)
+        query_rows = _block_rows(self._pattern, layout, keys_own=False)
+        key_rows = _block_rows(self._pattern, layout, keys_own=True)
         self._launch(
             *addresses,
             lse.data_ptr(),
@@ -378,14 +372,16 @@ def _backward_launches(
     return native().BackwardCall(stats, launches)
 
 
-def _block_rows(pattern: Pattern, q: torch.Tensor, keys_own: bool) -> torch.Tensor | None:
+def _block_rows(
+    pattern: Pattern, layout: torch.Tensor | None, keys_own: bool
+) -> torch.Tensor | None:
     """The blocks that each block of queries, or of keys if they own, attends, a bit each.
 
     int32 (heads or 1, blocks, words), made on the GPU: the layout never comes to the host.
     """
-    if not isinstance(pattern, BlockSparse):
+    if layout is None or not isinstance(pattern, BlockSparse):
         return None
-    layout = pattern.layout.mT if keys_own else pattern.layout
+    layout = layout.mT if keys_own else layout
     heads, count, _ = layout.shape
     rows = layout.new_empty((heads, count, _words(count)), dtype=torch.int32)
     native().block_rows(
@@ -397,7 +393,7 @@ def _block_rows(pattern: Pattern, q: torch.Tensor, keys_own: bool) -> torch.Tens
             words=rows.shape[2],
             past=not pattern.causal or not keys_own,
             future=not pattern.causal or keys_own,
-            **_device(q),
+            **_device(layout),
         )
     )
     return rows
@@ -446,8 +442,8 @@ def _strides(**metas: TensorMeta) -> dict[str, tuple[int, ...]]:
     return {name: meta.strides[:3] for name, meta in metas.items()}
 
 
-def _device(q: torch.Tensor) -> dict[str, int]:
-    return {"device": q.device.index, "stream": _stream(q.device.index)}
+def _device(x: torch.Tensor) -> dict[str, int]:
+    return {"device": x.device.index, "stream": _stream(x.device.index)}
 
 
 def _address(x: torch.Tensor | None) -> int:
