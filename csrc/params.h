@@ -87,9 +87,7 @@ struct BackwardParams {
   TensorView dq;    // as q, k and v
   TensorView dk;
   TensorView dv;
-  RowStats* stats;  // (batch, heads, seq_q)
-  // If both own: to find the statistics here, and to leave them in `stats` unless it is null.
-  // Null: they are in `stats`.
+  RowStats* stats;    // (batch, heads, seq_q)
   TensorView out;     // (batch, heads, seq_q, head_dim_v)
   const float* lse;   // (batch, heads, seq_q)
   const float* dlse;  // likewise; may be null
@@ -116,6 +114,9 @@ struct BackwardParams {
   Branch branch;  // transposed unless queries own: its queries are the keys
   // Add to what the gradients already hold: the branches before this one.
   bool accumulate;
+  // If both own: find the statistics in out, lse and dlse, and leave them in `stats` unless it is
+  // null. Else they are there.
+  bool finds_stats;
 
   int device;
   void* stream;  // cudaStream_t

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "check.h"
+#include "device.h"
 #include "sm90/query_tiles.h"
 
 namespace sparse_attn::sm90 {
@@ -11,12 +12,9 @@ template <class Config, class Params, class... Arguments>
 void launch_staying(void (*kernel)(Params, QueryTiles, Arguments...), const Params& params,
                     const QueryTiles& tiles, const Arguments&... arguments) {
   if (tiles.count == 0) return;
-  int multiprocessors = 0;
-  CHECK_CUDA(
-      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, params.device));
   constexpr int kBytes = sizeof(typename Config::SharedMemory);
-  CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-  const int ctas = least(tiles.count, multiprocessors * Config::kCtas);
+  allow_shared_memory(reinterpret_cast<const void*>(kernel), kBytes, params.device);
+  const int ctas = least(tiles.count, multiprocessors(params.device) * Config::kCtas);
   kernel<<<ctas, Config::kThreads, kBytes, static_cast<cudaStream_t>(params.stream)>>>(
       params, tiles, arguments...);
   CHECK_CUDA(cudaGetLastError());

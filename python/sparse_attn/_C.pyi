@@ -33,8 +33,6 @@ class Branch:
     ) -> None: ...
     # rows: address of 32-bit words (heads, blocks, words), a bit for each attended block.
     def with_blocks(self, *, rows: int, words: int, head_stride: int) -> Branch: ...
-    # The same pairs; chunks and residues that are short for a tile are listed together.
-    def with_short_groups_together(self, tile_rows: int) -> Branch: ...
 
 def cover(branches: list[Branch], length: int, tile_queries: int, tile_keys: int) -> bytes: ...
 
@@ -46,87 +44,125 @@ def build_info() -> dict[str, str]: ...
 def head_dims() -> list[tuple[int, int]]: ...
 def sm90_fits(head_dim: int, head_dim_v: int) -> bool: ...
 def driver_version() -> int: ...
-def forward(
-    *,
-    q: tuple[int, int, int, int],  # address; batch, head and row stride in elements
-    k: tuple[int, int, int, int],
-    v: tuple[int, int, int, int],
-    out: tuple[int, int, int, int],
-    lse: int,
-    batch: int,
-    heads: int,
-    first_head: int,
-    head_count: int,
-    kv_heads: int,
-    seq: int,
-    head_dim: int,
-    head_dim_v: int,
-    scale: float,
-    bfloat16: bool,
-    sm90: bool,
-    branch: Branch,
-    merge: bool,
-    device: int,
-    stream: int,
-) -> None: ...
-def block_rows(
-    *,
-    layout: tuple[int, int, int, int],  # address; stride of heads, of the rows' and the other side
-    rows: int,
-    heads: int,
-    blocks: int,
-    words: int,
-    past: bool,
-    future: bool,
-    device: int,
-    stream: int,
-) -> None: ...
-def row_stats(
-    *,
-    out: tuple[int, int, int, int],
-    dout: tuple[int, int, int, int],
-    lse: int,
-    dlse: int,  # 0 for none
-    stats: int,
-    batch: int,
-    heads: int,
-    seq: int,
-    head_dim_v: int,
-    bfloat16: bool,
-    device: int,
-    stream: int,
-) -> None: ...
-def backward(
-    *,
-    q: tuple[int, int, int, int],
-    k: tuple[int, int, int, int],
-    v: tuple[int, int, int, int],
-    dout: tuple[int, int, int, int],
-    dq: tuple[int, int, int, int],
-    dk: tuple[int, int, int, int],
-    dv: tuple[int, int, int, int],
-    out: tuple[int, int, int, int],  # owner 2: to find the statistics; address 0: they are there
-    lse: int,
-    dlse: int,  # 0 for none
-    stats: int,  # with `out`: to leave them there, unless 0
-    batch: int,
-    heads: int,
-    first_head: int,
-    head_count: int,
-    heads_together: int,
-    kv_heads: int,
-    seq: int,
-    head_dim: int,
-    head_dim_v: int,
-    scale: float,
-    bfloat16: bool,
-    sm90: bool,
-    owner: int,  # 0 queries: dq; 1 keys: dk and dv of a transposed branch; 2: all, likewise
-    branch: Branch,
-    accumulate: bool,
-    device: int,
-    stream: int,
-) -> None: ...
+
+# A launch, complete but for addresses and stream; strides are of batch, head and row, in elements.
+class ForwardParams:
+    def __init__(
+        self,
+        *,
+        q: tuple[int, int, int],
+        k: tuple[int, int, int],
+        v: tuple[int, int, int],
+        out: tuple[int, int, int],
+        batch: int,
+        heads: int,
+        first_head: int,
+        head_count: int,
+        kv_heads: int,
+        seq: int,
+        head_dim: int,
+        head_dim_v: int,
+        scale: float,
+        bfloat16: bool,
+        sm90: bool,
+        branch: Branch,
+        merge: bool,
+        device: int,
+    ) -> None: ...
+
+class RowStatsParams:
+    def __init__(
+        self,
+        *,
+        out: tuple[int, int, int],
+        dout: tuple[int, int, int],
+        batch: int,
+        heads: int,
+        seq: int,
+        head_dim_v: int,
+        bfloat16: bool,
+        device: int,
+    ) -> None: ...
+
+class BackwardParams:
+    def __init__(
+        self,
+        *,
+        q: tuple[int, int, int],
+        k: tuple[int, int, int],
+        v: tuple[int, int, int],
+        dout: tuple[int, int, int],
+        out: tuple[int, int, int],
+        dq: tuple[int, int, int],
+        dk: tuple[int, int, int],
+        dv: tuple[int, int, int],
+        batch: int,
+        heads: int,
+        first_head: int,
+        head_count: int,
+        heads_together: int,
+        kv_heads: int,
+        seq: int,
+        head_dim: int,
+        head_dim_v: int,
+        scale: float,
+        bfloat16: bool,
+        sm90: bool,
+        owner: int,  # 0 queries: dq; 1 keys: dk and dv of a transposed branch; 2: all, likewise
+        branch: Branch,
+        accumulate: bool,
+        finds_stats: bool,  # owner 2: of the queries, for itself and the launches after it
+        device: int,
+    ) -> None: ...
+
+# The launches of a call; all arguments but the stream are addresses, 0 for none.
+class ForwardCall:
+    def __init__(self, launches: list[ForwardParams]) -> None: ...
+    def __call__(
+        self, q: int, k: int, v: int, out: int, lse: int, block_rows: int, stream: int, /
+    ) -> None: ...
+
+class BackwardCall:
+    def __init__(
+        self,
+        stats: RowStatsParams | None,  # none where launches find them
+        launches: list[BackwardParams],
+    ) -> None: ...
+    def __call__(
+        self,
+        dout: int,
+        q: int,
+        k: int,
+        v: int,
+        out: int,
+        lse: int,
+        dlse: int,
+        stats: int,
+        dq: int,
+        dk: int,
+        dv: int,
+        query_block_rows: int,
+        key_block_rows: int,
+        stream: int,
+        /,
+    ) -> None: ...
+
+class BlockRowsParams:
+    def __init__(
+        self,
+        *,
+        layout: tuple[int, int, int, int],  # address; stride of heads, of the rows' and other side
+        rows: int,
+        heads: int,
+        blocks: int,
+        words: int,
+        past: bool,
+        future: bool,
+        device: int,
+        stream: int,
+    ) -> None: ...
+
+def block_rows(params: BlockRowsParams) -> None: ...
 
 # Keys of one segment of a branch, out of the store with that number.
 class DecodeRead:

@@ -135,7 +135,7 @@ __device__ __forceinline__ void load_queries(SharedMemory& smem, const BackwardP
       load_part<T>(smem.dout[place.stage], full, maps.dout, view, params.dout, params.head_dim_v,
                    part.head, part);
       ptx::cp_async_arrive(full);
-      if (params.out.data != nullptr) {  // for find_stats
+      if (params.finds_stats) {  // for find_stats
         prefetch_rows<T>(params.out, view, part, params.head_dim_v);
       }
       if (params.accumulate) prefetch_rows<T>(params.dq, view, part, params.head_dim);
@@ -213,7 +213,7 @@ __device__ __forceinline__ void find_stats(SharedMemory& smem, const BackwardPar
   constexpr int kWarpRows = kWarpgroupRows / kStatsWarps;
   const SequenceView& view = params.branch.queries;
   const int lane = threadIdx.x % 32;
-  const bool finds = params.out.data != nullptr;
+  const bool finds = params.finds_stats;
   Place<Config::kQueryStages> place;
   Place<Config::kStepStages> step_place;
   while (true) {
