@@ -34,11 +34,12 @@ void launch_config(const BackwardParams& params) {
   const Maps<typename Config::Own, typename Config::OwnV> own{params, Config::kOwnsQueries};
   const Maps<typename Config::Streamed, typename Config::StreamedV> streamed{params,
                                                                              !Config::kOwnsQueries};
-  // Tiles that end with a block must not show the rows after it, which maybe nothing attends.
-  const bool usable = branch.blocks.rows == nullptr;
+  // A wide row is several boxes of one thread, which take longer than the copies of 128. And tiles
+  // that end with a block must not show the rows after it, which maybe nothing attends.
+  const bool usable = !Config::kWide && branch.blocks.rows == nullptr;
   BackwardMaps maps;
-  maps.own = own.of(branch.queries, true);
-  maps.own_v = own.of_v(branch.queries, true);
+  maps.own = own.of(branch.queries, !Config::kWide);
+  maps.own_v = own.of_v(branch.queries, !Config::kWide);
   for (int i = 0; i < branch.segment_count; ++i) {
     maps.streamed[i] = streamed.of(branch.segments[i].keys, usable);
     maps.streamed_v[i] = streamed.of_v(branch.segments[i].keys, usable);
