@@ -7,9 +7,18 @@
 #include "params.h"
 #include "sm90/query_tiles.h"
 #include "sm90/ring.cuh"
+#include "sm90/view_map.h"
 #include "sm90/walk.cuh"
 
 namespace sparse_attn::sm90::backward {
+
+// How the tensor memory accelerator reads the tensors of a call.
+struct BackwardMaps {
+  ViewMap own;
+  ViewMap own_v;
+  ViewMap streamed[kMaxSegments];
+  ViewMap streamed_v[kMaxSegments];
+};
 
 // Of queries, what RowStats holds: a lane reads neighbouring ones of a kind together.
 template <int kRows>
@@ -53,18 +62,23 @@ struct Config {
   using Gradient = RegisterTile<16, kHeadDim>;
   using GradientV = RegisterTile<16, kHeadDimV>;
 
+  using Own = SharedTile<T, kWarpgroupRows, kHeadDim>;
+  using OwnV = SharedTile<T, kWarpgroupRows, kHeadDimV>;
+  using Streamed = SharedTile<T, kTileStreamed, kHeadDim>;
+  using StreamedV = SharedTile<T, kTileStreamed, kHeadDimV>;
+
   struct Part {
-    SharedTile<T, kWarpgroupRows, kHeadDim> own;     // q or k; in the end dq or dk
-    SharedTile<T, kWarpgroupRows, kHeadDimV> own_v;  // dout or v; in the end dv
+    Own own;     // q or k; in the end dq or dk
+    OwnV own_v;  // dout or v; in the end dv
   };
-  struct Own {
+  struct OwnTile {
     Part part[kConsumers];
   };
 
   struct SharedMemory {
-    Own own[kOwnStages];
-    SharedTile<T, kTileStreamed, kHeadDim> streamed[kStages];     // k or q
-    SharedTile<T, kTileStreamed, kHeadDimV> streamed_v[kStages];  // v or dout
+    OwnTile own[kOwnStages];
+    Streamed streamed[kStages];     // k or q
+    StreamedV streamed_v[kStages];  // v or dout
     // Of the queries, own or streamed.
     Stats<kOwnsQueries ? kTileOwn : kTileStreamed> stats[kOwnsQueries ? kOwnStages : kStages];
     QueryTile rows[kOwnStages];  // the head is the first of those summed; no row: the last tile

@@ -68,7 +68,7 @@ __device__ __forceinline__ void load_stats(Stats<kRows>& stats_smem, const RowSt
 // The warpgroup that loads.
 template <class Config, class SharedMemory>
 __device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& params,
-                                     const QueryTiles& tiles) {
+                                     const QueryTiles& tiles, const BackwardMaps& maps) {
   using T = typename Config::Element;
   constexpr bool kOwnsQueries = Config::kOwnsQueries;
   const Branch& branch = params.branch;
@@ -97,19 +97,17 @@ __device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& p
     const int own_head = kOwnsQueries ? own.head : kv_head;
 #pragma unroll 1
     for (int number = 0; number < Config::kConsumers; ++number) {
-      const int first_row = number * kWarpgroupRows;
-      const auto load_own = [&](auto& tile_smem, const TensorView& tensor, int head_dim) {
-        const T* gmem = head_gmem<const T>(tensor, own.batch, own_head);
-        for_each_row<std::decay_t<decltype(tile_smem)>>(
-            branch.queries, own.group, own.first_row + first_row, own.rows - first_row,
-            [&](int row, int64_t token, bool exists) {
-              load_row(tile_smem, row, gmem + token * tensor.row_stride, head_dim, exists);
-            });
+      const QueryTile part = part_of(own, number);
+      const auto load_own = [&](auto& tile_smem, const ViewMap& map, const TensorView& tensor,
+                                int head_dim) {
+        Rows<T>(map, branch.queries, tensor, head_dim, own.batch, own_head)
+            .template load<128>(tile_smem, smem.own_ring.full[stage], part.group, part.first_row,
+                                part.first_row + part.rows);
       };
       auto& part_smem = smem.own[stage].part[number];
-      load_own(part_smem.own, own_view, params.head_dim);
+      load_own(part_smem.own, maps.own, own_view, params.head_dim);
       if constexpr (Config::kSumsDqOrDk) {
-        load_own(part_smem.own_v, own_v_view, params.head_dim_v);
+        load_own(part_smem.own_v, maps.own_v, own_v_view, params.head_dim_v);
       }
     }
     if constexpr (kOwnsQueries) {
@@ -130,12 +128,11 @@ __device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& p
       const SequenceView& view = branch.segments[tile.segment].keys;
       const int rows = tile.end_row - tile.first_row;
       const int head = kOwnsQueries ? kv_head : tile.head;
-      const auto load_streamed = [&](auto& tile_smem, const TensorView& tensor, int head_dim) {
-        const T* gmem = head_gmem<const T>(tensor, own.batch, head);
-        for_each_row<std::decay_t<decltype(tile_smem)>>(
-            view, own.group, tile.first_row, rows, [&](int row, int64_t token, bool exists) {
-              load_row(tile_smem, row, gmem + token * tensor.row_stride, head_dim, exists);
-            });
+      const auto load_streamed = [&](auto& tile_smem, const ViewMap& map, const TensorView& tensor,
+                                     int head_dim) {
+        Rows<T>(map, view, tensor, head_dim, own.batch, head)
+            .template load<128>(tile_smem, smem.ring.full[place.stage], own.group, tile.first_row,
+                                tile.end_row);
       };
       place.wait_empty(smem.ring);
       if (threadIdx.x < Config::kConsumers) {
@@ -143,8 +140,10 @@ __device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& p
             as_seen<Config::kTileStreamed>(tile, more, own, threadIdx.x, attended_smem);
         ptx::mbarrier_arrive(smem.ring.full[place.stage]);
       }
-      load_streamed(smem.streamed[place.stage], streamed_view, params.head_dim);
-      load_streamed(smem.streamed_v[place.stage], streamed_v_view, params.head_dim_v);
+      load_streamed(smem.streamed[place.stage], maps.streamed[tile.segment], streamed_view,
+                    params.head_dim);
+      load_streamed(smem.streamed_v[place.stage], maps.streamed_v[tile.segment], streamed_v_view,
+                    params.head_dim_v);
       if constexpr (!kOwnsQueries) {
         load_stats(smem.stats[place.stage], stats_gmem(own.batch, head), view, own.group,
                    tile.first_row, rows);
@@ -360,6 +359,7 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
     sync();
     if constexpr (Config::kSumsDqOrDk) store(part_smem.own, target, params.head_dim);
     if constexpr (Config::kSumsDv) store(part_smem.own_v, params.dv, params.head_dim_v);
+    ptx::fence_async_proxy();  // between these stores and the next own rows
     own_place.arrive_empty(smem.own_ring);
     own_place.advance();
   }
@@ -368,7 +368,8 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
     backward_kernel(const __grid_constant__ BackwardParams params,
-                    const __grid_constant__ QueryTiles tiles) {
+                    const __grid_constant__ QueryTiles tiles,
+                    const __grid_constant__ BackwardMaps maps) {
   extern __shared__ __align__(1024) char shared_memory[];
   auto& smem = *reinterpret_cast<typename Config::SharedMemory*>(shared_memory);
   if (threadIdx.x == 0) {
@@ -381,7 +382,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
     ptx::give_registers<Config::kLoadRegisters>();
-    load<Config>(smem, params, tiles);
+    load<Config>(smem, params, tiles, maps);
   } else {
     ptx::take_registers<Config::kComputeRegisters>();
     compute<Config>(smem, params, warpgroup - 1);

@@ -9,13 +9,47 @@
 
 namespace sparse_attn::sm90::backward {
 
+// Of tensors of the rows that own, or of those that stream.
+template <class Tile, class TileV>
+struct Maps {
+  const BackwardParams& params;
+  bool queries;  // and dout; else keys and values
+
+  ViewMap of(const SequenceView& view, bool usable) const {
+    return ViewMap::of<Tile>(queries ? params.q : params.k, view, params.head_dim, heads(),
+                             params.batch, params.element, usable);
+  }
+  ViewMap of_v(const SequenceView& view, bool usable) const {
+    return ViewMap::of<TileV>(queries ? params.dout : params.v, view, params.head_dim_v, heads(),
+                              params.batch, params.element, usable);
+  }
+
+ private:
+  int heads() const { return queries ? params.heads : params.kv_heads; }
+};
+
 template <class Config>
 void launch_config(const BackwardParams& params) {
-  const Order order = reach_of(params.branch) == Reach::many ? Order::by_length : Order::by_head;
+  const Branch& branch = params.branch;
+  const Maps<typename Config::Own, typename Config::OwnV> own{params, Config::kOwnsQueries};
+  const Maps<typename Config::Streamed, typename Config::StreamedV> streamed{params,
+                                                                             !Config::kOwnsQueries};
+  // A wide row is several boxes of one thread, which take longer than the copies of 128. And tiles
+  // that end with a block must not show the rows after it, which maybe nothing attends.
+  const bool usable = !Config::kWide && branch.blocks.rows == nullptr;
+  BackwardMaps maps;
+  maps.own = own.of(branch.queries, !Config::kWide);
+  maps.own_v = own.of_v(branch.queries, !Config::kWide);
+  for (int i = 0; i < branch.segment_count; ++i) {
+    maps.streamed[i] = streamed.of(branch.segments[i].keys, usable);
+    maps.streamed_v[i] = streamed.of_v(branch.segments[i].keys, usable);
+  }
+  const Order order = reach_of(branch) == Reach::many ? Order::by_length : Order::by_head;
   launch_staying<Config>(
       backward_kernel<Config>, params,
-      QueryTiles::of(params.branch, Config::kTileOwn, 0, params.head_count / params.heads_together,
-                     params.batch, order));
+      QueryTiles::of(branch, Config::kTileOwn, 0, params.head_count / params.heads_together,
+                     params.batch, order),
+      maps);
 }
 
 template <class T, int kHeadDim, int kHeadDimV>
