@@ -78,10 +78,10 @@ template <class T, class Sum, class TileA, class TileB>
 __device__ __forceinline__ void start_multiply_add_across(Sum& sum, const TileA& a_smem,
                                                           const TileB& b_smem, int first_column) {
   static_assert(TileA::kColumns == 64 && TileA::kRows == TileB::kRows);
-  static_assert(Sum::kColumns <= 64, "columns of one panel");
-  const uint64_t a = ptx::wgmma_operand(a_smem.elements, kSwizzleGroupBytes, 0);
+  static_assert(TileB::kPanelColumns == 64 && Sum::kColumns <= 64, "columns of one panel");
+  const uint64_t a = operand(a_smem);
   const uint64_t b =
-      ptx::moved(ptx::wgmma_operand(b_smem.elements, kSwizzleGroupBytes, 0),
+      ptx::moved(operand(b_smem),
                  (first_column / 64 * TileB::kPanelElements + first_column % 64) * int{sizeof(T)});
 #pragma unroll
   for (int row = 0; row < TileA::kRows; row += 16) {
