@@ -14,6 +14,7 @@
 #include "attention/cover.h"
 #include "attention/short_groups.h"
 #include "params.h"
+#include "sm90/backward_band/fits.h"
 #if SPARSE_ATTN_CUDA
 #include "dispatch.h"
 #endif
@@ -130,10 +131,11 @@ void launch_row_stats(const TensorArgument& out, const TensorArgument& dout, int
 
 void launch_backward(const TensorArgument& q, const TensorArgument& k, const TensorArgument& v,
                      const TensorArgument& dout, const TensorArgument& dq, const TensorArgument& dk,
-                     const TensorArgument& dv, int64_t stats, int batch, int heads, int first_head,
-                     int head_count, int heads_together, int kv_heads, int seq, int head_dim,
-                     int head_dim_v, float scale, bool bfloat16, bool sm90, bool keys_own,
-                     const Branch& branch, bool accumulate, int device, int64_t stream) {
+                     const TensorArgument& dv, const TensorArgument& out, int64_t lse, int64_t dlse,
+                     int64_t stats, int batch, int heads, int first_head, int head_count,
+                     int heads_together, int kv_heads, int seq, int head_dim, int head_dim_v,
+                     float scale, bool bfloat16, bool sm90, int owner, const Branch& branch,
+                     bool accumulate, int device, int64_t stream) {
   BackwardParams params{};
   params.q = tensor_view(q);
   params.k = tensor_view(k);
@@ -142,7 +144,10 @@ void launch_backward(const TensorArgument& q, const TensorArgument& k, const Ten
   params.dq = tensor_view(dq);
   params.dk = tensor_view(dk);
   params.dv = tensor_view(dv);
-  params.stats = pointer<const RowStats*>(stats);
+  params.out = tensor_view(out);
+  params.lse = pointer<const float*>(lse);
+  params.dlse = pointer<const float*>(dlse);
+  params.stats = pointer<RowStats*>(stats);
   params.batch = batch;
   params.heads = heads;
   params.first_head = first_head;
@@ -155,7 +160,7 @@ void launch_backward(const TensorArgument& q, const TensorArgument& k, const Ten
   params.scale = scale;
   params.element = element(bfloat16);
   params.kernels = kernels(sm90);
-  params.owner = keys_own ? Owner::keys : Owner::queries;
+  params.owner = static_cast<Owner>(owner);
   params.branch = branch;
   params.accumulate = accumulate;
   params.device = device;
@@ -247,6 +252,8 @@ PYBIND11_MODULE(_C, module) {
       .def("with_short_groups_together", &with_short_groups_together, py::arg("tile_rows"));
   module.def("cover", &cover_bytes, py::arg("branches"), py::arg("length"), py::arg("tile_queries"),
              py::arg("tile_keys"));
+  module.def("sums_at_once", &sm90::backward_band::fits, py::arg("branch"));
+  module.attr("most_head_dim_at_once") = sm90::backward_band::kMostHeadDim;
   module.def("build_info", &build_info);
   module.attr("max_chunks") = kMaxChunks;
 #if SPARSE_ATTN_CUDA
@@ -267,12 +274,12 @@ PYBIND11_MODULE(_C, module) {
              py::arg("seq"), py::arg("head_dim_v"), py::arg("bfloat16"), py::arg("device"),
              py::arg("stream"));
   module.def("backward", &launch_backward, py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"),
-             py::arg("dout"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("stats"),
-             py::arg("batch"), py::arg("heads"), py::arg("first_head"), py::arg("head_count"),
-             py::arg("heads_together"), py::arg("kv_heads"), py::arg("seq"), py::arg("head_dim"),
-             py::arg("head_dim_v"), py::arg("scale"), py::arg("bfloat16"), py::arg("sm90"),
-             py::arg("keys_own"), py::arg("branch"), py::arg("accumulate"), py::arg("device"),
-             py::arg("stream"));
+             py::arg("dout"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("out"),
+             py::arg("lse"), py::arg("dlse"), py::arg("stats"), py::arg("batch"), py::arg("heads"),
+             py::arg("first_head"), py::arg("head_count"), py::arg("heads_together"),
+             py::arg("kv_heads"), py::arg("seq"), py::arg("head_dim"), py::arg("head_dim_v"),
+             py::arg("scale"), py::arg("bfloat16"), py::arg("sm90"), py::arg("owner"),
+             py::arg("branch"), py::arg("accumulate"), py::arg("device"), py::arg("stream"));
   py::class_<DecodeRead>(module, "DecodeRead")
       .def(py::init(&decode_read), py::arg("queries"), py::arg("run"), py::arg("keys"),
            py::arg("part"), py::arg("store"));

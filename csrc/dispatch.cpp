@@ -12,6 +12,7 @@
 #include "sm80/block_rows.h"
 #include "sm80/forward/launch.h"
 #include "sm90/backward/launch.h"
+#include "sm90/backward_band/launch.h"
 #include "sm90/forward/launch.h"
 
 namespace sparse_attn {
@@ -61,6 +62,15 @@ const Table<BackwardParams> kBackwardSm90 = {
 #define INSTANCE(T, kHeadDim, kHeadDimV) \
   {kElement<T>, kHeadDim, kHeadDimV, sm90::backward::launch<T, kHeadDim, kHeadDimV>},
 #include "sm90/backward/instances.inc"
+#undef INSTANCE
+#endif
+};
+
+const Table<BackwardParams> kBackwardBandSm90 = {
+#if SPARSE_ATTN_SM90
+#define INSTANCE(T, kHeadDim, kHeadDimV) \
+  {kElement<T>, kHeadDim, kHeadDimV, sm90::backward_band::launch<T, kHeadDim, kHeadDimV>},
+#include "sm90/backward_band/instances.inc"
 #undef INSTANCE
 #endif
 };
@@ -129,7 +139,9 @@ void row_stats(const RowStatsParams& params) {
 }
 
 void backward(const BackwardParams& params) {
-  const Kernel<BackwardParams>& kernel = choose(kBackwardSm80, kBackwardSm90, params);
+  const bool both = params.owner == Owner::both;
+  const Kernel<BackwardParams>& kernel = choose(both ? Table<BackwardParams>{} : kBackwardSm80,
+                                                both ? kBackwardBandSm90 : kBackwardSm90, params);
   const DeviceGuard guard(params.device);
   kernel.launch(params);
 }

@@ -76,8 +76,8 @@ struct RowStatsParams {
   void* stream;  // cudaStream_t
 };
 
-// The rows whose gradients a backward launch sums: queries (dq) or keys (dk and dv).
-enum class Owner : int { queries, keys };
+// The rows whose gradients a backward launch sums: queries (dq), keys (dk and dv) or both at once.
+enum class Owner : int { queries, keys, both };
 
 struct BackwardParams {
   TensorView q;     // (batch, heads, seq_q, head_dim)
@@ -87,7 +87,12 @@ struct BackwardParams {
   TensorView dq;    // as q, k and v
   TensorView dk;
   TensorView dv;
-  const RowStats* stats;  // (batch, heads, seq_q)
+  RowStats* stats;  // (batch, heads, seq_q)
+  // If both own: to find the statistics here, and to leave them in `stats` unless it is null.
+  // Null: they are in `stats`.
+  TensorView out;     // (batch, heads, seq_q, head_dim_v)
+  const float* lse;   // (batch, heads, seq_q)
+  const float* dlse;  // likewise; may be null
 
   int batch;
   int heads;       // of the tensors
@@ -108,7 +113,7 @@ struct BackwardParams {
   Element element;
   Kernels kernels;
   Owner owner;
-  Branch branch;  // transposed if keys own: its queries are the keys
+  Branch branch;  // transposed unless queries own: its queries are the keys
   // Add to what the gradients already hold: the branches before this one.
   bool accumulate;
 

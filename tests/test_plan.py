@@ -260,6 +260,60 @@ def test_native_sizes_beyond_32_bits(kind: str, size: int) -> None:
             assert_native_covers(to_pattern(members, causal), mask, (4, 4))
 
 
+def summed_at_once(pattern: Any, n: int) -> list[bool]:
+    """Which branches one kernel sums; of these every pair is in a tile of 128 rows or two."""
+    from sparse_attn.backends.cuda import _native_branch
+
+    at_once = []
+    for branch in plan(pattern, n):
+        parts = branch.transposed()
+        at_once.append(len(parts) == 1 and _C.sums_at_once(_native_branch(parts[0])))
+        if not at_once[-1]:
+            continue
+        (keys,) = parts
+        reach = 1 if keys.queries.max_rows <= 128 else 2
+        for group in range(keys.queries.groups):
+            rows = np.arange(int(keys.queries.rows(group)))
+            tokens = keys.queries.position(group, rows)
+            first, end = keys.segments[0].bounds(keys.run, group, tokens)
+            own = rows // 128 * 128
+            assert ((first >= end) | (first >= own) & (end <= own + reach * 128)).all()
+    return at_once
+
+
+@needs_native
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_branches_summed_at_once_are_bands(case: Case) -> None:
+    for pattern, _ in head_patterns(case):
+        summed_at_once(pattern, case.n)
+
+
+@needs_native
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("n", [100, 128, 200, 1111])
+def test_which_branches_are_summed_at_once(n: int, causal: bool) -> None:
+    one_tile = n <= 128
+    for window in (1, 128, 129, 130):
+        near = one_tile or (causal and window <= 129)
+        assert summed_at_once(sa.Local(window, causal=causal), n) == [near]
+        near = one_tile or (causal and window + 50 <= 129)
+        union = sa.Local(window, causal=causal) | sa.Chunk(window + 50, causal=causal)
+        assert summed_at_once(union, n) == [near]
+    for length in (1, 128, 129, 2000):
+        fits = one_tile or length <= 128
+        assert summed_at_once(sa.Chunk(length, causal=causal), n) == [fits]
+    for stride in (1, 7, 9, 128):
+        fits = -(-n // stride) <= 128
+        assert summed_at_once(sa.Dilated(stride, causal=causal), n) == [fits]
+    if causal:
+        assert summed_at_once(sa.Strided(100, causal=True), n) == [True, True]
+        assert summed_at_once(sa.Strided(8, causal=True), n)[0]
+    assert summed_at_once(sa.Fixed(100, 10, causal=causal), n) == [False]
+    assert summed_at_once(sa.BlockSparse(torch.ones(1, 9, 9).bool(), 128, causal=causal), 1111) == [
+        False
+    ]
+
+
 BLOCK_TILES = [(64, 64), (64, 32), (32, 16)]  # of the kernels
 
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Loads of 8x8 matrices of 16-bit elements into mma fragments (PTX: ldmatrix).
+// 8x8 matrices of 16-bit elements from shared memory into mma fragments and back (PTX: ldmatrix,
+// stmatrix; the latter from 9.0 on).
 #pragma once
 
 #include "ptx/cp_async.cuh"
@@ -19,6 +20,14 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&registers)[4], cons
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
                : "r"(shared_address(row_smem))
+               : "memory");
+}
+
+// The inverse of ldmatrix_x4.
+__device__ __forceinline__ void stmatrix_x4(void* row_smem, const uint32_t (&registers)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   shared_address(row_smem)),
+               "r"(registers[0]), "r"(registers[1]), "r"(registers[2]), "r"(registers[3])
                : "memory");
 }
 

@@ -20,4 +20,9 @@ __device__ __forceinline__ void tma_load(void* smem, const CUtensorMap& map, int
       : "memory");
 }
 
+// Brings the cache line of an address to L2.
+__device__ __forceinline__ void prefetch_l2(const void* gmem) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(gmem));
+}
+
 }  // namespace sparse_attn::ptx

@@ -114,6 +114,17 @@ __device__ __forceinline__ uint64_t moved(uint64_t operand, int bytes) {
     }                                                                                             \
   }
 
+#define DEFINE_ADD_ACROSS(shape, operands)                                                    \
+  template <class T>                                                                          \
+  __device__ __forceinline__ void wgmma_add_across(RegisterTile<16, shape>& sum, uint64_t a,  \
+                                                   uint64_t b) {                              \
+    if constexpr (std::is_same_v<T, __half>) {                                                \
+      asm volatile(WGMMA(shape, "f16", "1", operands) : SUM_##shape("+f") : "l"(a), "l"(b));  \
+    } else {                                                                                  \
+      asm volatile(WGMMA(shape, "bf16", "1", operands) : SUM_##shape("+f") : "l"(a), "l"(b)); \
+    }                                                                                         \
+  }
+
 // sum = a b^T, or sum += a b^T: 16 columns of 64 rows of a and of 32, 64 or 128 rows of b.
 DEFINE_TRANSPOSED(32, "%16, %17, p, 1, 1, 0, 0")
 DEFINE_TRANSPOSED(64, "%32, %33, p, 1, 1, 0, 0")
@@ -126,6 +137,11 @@ DEFINE_ADD(64, "{%32, %33, %34, %35}, %36, p, 1, 1, 1")
 DEFINE_ADD(128, "{%64, %65, %66, %67}, %68, p, 1, 1, 1")
 DEFINE_ADD(256, "{%128, %129, %130, %131}, %132, p, 1, 1, 1")
 
+// sum += a^T b: 16 rows of a, of 64 columns, and of b, of 32 or 64.
+DEFINE_ADD_ACROSS(32, "%16, %17, p, 1, 1, 1, 1")
+DEFINE_ADD_ACROSS(64, "%32, %33, p, 1, 1, 1, 1")
+
+#undef DEFINE_ADD_ACROSS
 #undef DEFINE_ADD
 #undef DEFINE_TRANSPOSED
 #undef WGMMA

@@ -36,6 +36,10 @@ struct Place {
     ptx::mbarrier_wait(ring.empty[stage], round ^ 1);
   }
   // One arrival of a warp.
+  __device__ __forceinline__ void arrive_full(RingBarriers<kStages>& ring) const {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ring.full[stage]);
+  }
   __device__ __forceinline__ void arrive_empty(RingBarriers<kStages>& ring) const {
     __syncwarp();
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ring.empty[stage]);

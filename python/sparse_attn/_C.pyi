@@ -4,6 +4,7 @@
 # of the kernels; ``backends.cuda.native_plan(pattern, length)`` makes the branches.
 
 max_chunks: int
+most_head_dim_at_once: int
 
 class SequenceView:
     def __init__(
@@ -37,6 +38,9 @@ class Branch:
     def with_short_groups_together(self, tile_rows: int) -> Branch: ...
 
 def cover(branches: list[Branch], length: int, tile_queries: int, tile_keys: int) -> bytes: ...
+
+# Whether one kernel of compute capability 9.0 sums all gradients of a branch, here transposed.
+def sums_at_once(branch: Branch) -> bool: ...
 def build_info() -> dict[str, str]: ...
 
 # Only in a build with CUDA kernels.
@@ -102,7 +106,10 @@ def backward(
     dq: tuple[int, int, int, int],
     dk: tuple[int, int, int, int],
     dv: tuple[int, int, int, int],
-    stats: int,
+    out: tuple[int, int, int, int],  # owner 2: to find the statistics; address 0: they are there
+    lse: int,
+    dlse: int,  # 0 for none
+    stats: int,  # with `out`: to leave them there, unless 0
     batch: int,
     heads: int,
     first_head: int,
@@ -115,7 +122,7 @@ def backward(
     scale: float,
     bfloat16: bool,
     sm90: bool,
-    keys_own: bool,  # dk and dv of a transposed branch; else dq
+    owner: int,  # 0 queries: dq; 1 keys: dk and dv of a transposed branch; 2: all, likewise
     branch: Branch,
     accumulate: bool,
     device: int,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .. import _C
 
 _PARTS = {"before": 0, "inside": 1, "after": 2}
+_QUERIES, _KEYS, _BOTH = range(3)  # whose gradients a backward launch sums
 _LEAST_CAPABILITY = (8, 0)
 _HOPPER = (9, 0)
 _LEAST_BLOCK_SM90 = 64  # the queries of a warpgroup
@@ -166,17 +167,32 @@ def backward(
         group = 1
         dk, dv = (x.new_empty((*q.shape[:3], x.shape[3])) for x in (k, v))
     q, k, v, dout, out = (_aligned(x) for x in (q, k, v, dout, out))
-    stats = lse.new_empty((*lse.shape, 2))
+    dlse = None if dlse is None else dlse.contiguous()
     sizes, launch = _sizes(q, k, v), _launch(q)
-    native().row_stats(
-        out=_argument(out),
-        dout=_argument(dout),
-        lse=lse.data_ptr(),
-        dlse=0 if dlse is None else dlse.contiguous().data_ptr(),
-        stats=stats.data_ptr(),
-        **{name: sizes[name] for name in ("batch", "heads", "seq", "head_dim_v")},
-        **launch,
-    )
+    narrow = max(q.shape[3], v.shape[3]) <= native().most_head_dim_at_once
+    launches = [
+        _backward_launches(head_pattern.rule, q.shape[2], sm90 and group == 1 and narrow)
+        for _, head_pattern in ranges
+    ]
+    find_stats = {
+        "out": _argument(out),
+        "lse": lse.data_ptr(),
+        "dlse": 0 if dlse is None else dlse.data_ptr(),
+    }
+    no_stats = {"out": (0, 0, 0, 0), "lse": 0, "dlse": 0}
+    # A kernel that sums all gradients finds the statistics on the way, for those after it too.
+    found = all(owner == _BOTH for (owner, _, _), *_ in launches)
+    needed = not found or any(len(head_launches) > 1 for head_launches in launches)
+    stats = lse.new_empty((*lse.shape, 2)) if needed else None
+    stats_address = 0 if stats is None else stats.data_ptr()
+    if not found:
+        native().row_stats(
+            dout=_argument(dout),
+            stats=stats_address,
+            **find_stats,
+            **{name: sizes[name] for name in ("batch", "heads", "seq", "head_dim_v")},
+            **launch,
+        )
     call = {
         "q": _argument(q),
         "k": _argument(k),
@@ -185,30 +201,28 @@ def backward(
         "dq": _argument(dq),
         "dk": _argument(dk),
         "dv": _argument(dv),
-        "stats": stats.data_ptr(),
+        "stats": stats_address,
         "scale": scale,
         "sm90": sm90,
         **sizes,
         **launch,
     }
-    for heads, head_pattern in ranges:
+    for (heads, head_pattern), head_launches in zip(ranges, launches, strict=True):
         if not plan(head_pattern, q.shape[2])[0].segments[0].keys.lists_every_token:
             # The launches write only the keys that a segment lists.
             dk[:, heads.start // group : heads.stop // group].zero_()
             dv[:, heads.start // group : heads.stop // group].zero_()
-        for keys_own in (False, True):
-            blocks = _block_rows(head_pattern, q, keys_own)
-            branches = native_plan(head_pattern, q.shape[2], transposed=keys_own)
-            for number, branch in enumerate(branches):
-                native().backward(
-                    keys_own=keys_own,
-                    branch=_with_blocks(branch, blocks),
-                    accumulate=number > 0,
-                    first_head=heads.start,
-                    head_count=len(heads),
-                    heads_together=group if keys_own else 1,
-                    **call,
-                )
+        for number, (owner, branch, accumulate) in enumerate(head_launches):
+            native().backward(
+                owner=owner,
+                branch=_with_blocks(branch, _block_rows(head_pattern, q, owner == _KEYS)),
+                accumulate=accumulate,
+                first_head=heads.start,
+                head_count=len(heads),
+                heads_together=group if owner == _KEYS else 1,
+                **(find_stats if found and number == 0 else no_stats),
+                **call,
+            )
     if dk is not kv_dk:
         kv_dk.copy_(dk.unflatten(1, (k.shape[1], -1)).sum(2, dtype=torch.float32))
         kv_dv.copy_(dv.unflatten(1, (k.shape[1], -1)).sum(2, dtype=torch.float32))
@@ -310,6 +324,26 @@ def _native_plan(rule: Pattern, length: int, transposed: bool) -> tuple[_C.Branc
     if transposed:
         branches = tuple(part for branch in branches for part in branch.transposed())
     return tuple(_native_branch(branch) for branch in branches)
+
+
+@lru_cache(maxsize=1024)
+def _backward_launches(
+    rule: Pattern, length: int, at_once: bool
+) -> tuple[tuple[int, _C.Branch, bool], ...]:
+    """Of each backward launch: whose gradients it sums, of which branch, and whether it adds.
+
+    ``at_once``: one launch sums all gradients of the branches that such a kernel takes.
+    """
+    launches: list[tuple[int, _C.Branch, bool]] = []
+    for branch in plan(rule, length):
+        adds = bool(launches)
+        transposed = [_native_branch(part) for part in branch.transposed()]
+        if at_once and len(transposed) == 1 and native().sums_at_once(transposed[0]):
+            launches.append((_BOTH, transposed[0], adds))
+            continue
+        launches.append((_QUERIES, _native_branch(branch), adds))
+        launches += [(_KEYS, part, adds or number > 0) for number, part in enumerate(transposed)]
+    return tuple(launches)
 
 
 def _native_branch(branch: Branch) -> _C.Branch:

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+// Constants and shared memory of the Hopper backward kernel of bands.
+#pragma once
+
+#include "attention/register_tile.cuh"
+#include "attention/shared_tile.cuh"
+#include "params.h"
+#include "sm90/backward_band/fits.h"
+#include "sm90/ring.cuh"
+#include "sm90/walk.cuh"
+
+namespace sparse_attn::sm90::backward_band {
+
+constexpr int kConsumers = 2;  // warpgroups that compute
+static_assert(kTileRows == kConsumers * kWarpgroupRows);
+constexpr int kParts = kTileRows / kWarpgroupRows;  // a tile comes 64 rows at a time
+constexpr int kStatsWarps = 2;
+
+// The query rows that each key of a tile is attended by, counted from the tile's first row.
+struct Band {
+  int16_t first[kTileRows];
+  int16_t end[kTileRows];
+  int rows;  // keys that exist; the band of others is empty
+};
+
+// Of some queries.
+struct alignas(16) Stats {
+  float lse_log2[kWarpgroupRows];
+  float delta[kWarpgroupRows];
+};
+
+// A tile of queries beside the keys of the tile before, and of its own rows.
+struct Step {
+  QueryTile tile;   // no row: the last step
+  int parts;        // of 64 queries
+  bool back;        // the keys of the tile before
+  bool loads_back;  // which begin here: another CTA sums their gradients
+  bool own;         // the keys of the tile
+  bool keeps_own;   // which the queries of the next tile attend too
+};
+
+template <class T, int kHeadDim_, int kHeadDimV_>
+struct Config {
+  using Element = T;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kHeadDimV = kHeadDimV_;
+  static constexpr int kThreads = 128 * (1 + kConsumers);
+  static constexpr int kColumns = kHeadDim + kHeadDimV;
+  static constexpr int kKeyStages = kColumns <= 128 ? 3 : 2;                          // of 128
+  static constexpr int kQueryStages = kColumns <= 128 ? 5 : kColumns <= 192 ? 3 : 2;  // of 64
+  static constexpr int kStepStages = 4;
+  // Registers of a lane that loads and of one that computes.
+  static constexpr int kLoadRegisters = 40;
+  static constexpr int kComputeRegisters = 232;
+  // What a CTA starts with is all there is to share.
+  static constexpr int kRegisters = 65536 / kThreads / 8 * 8;
+  static_assert(kLoadRegisters + kConsumers * kComputeRegisters <= (1 + kConsumers) * kRegisters);
+
+  using Scores = RegisterTile<16, kWarpgroupRows>;  // of a warp: keys, queries
+  using GradientK = RegisterTile<16, kHeadDim>;
+  using GradientV = RegisterTile<16, kHeadDimV>;
+  using GradientQ = RegisterTile<16, kHeadDim / kConsumers>;  // of a warpgroup: some columns
+
+  using Part = SharedTile<T, kWarpgroupRows, kHeadDim>;
+  using PartV = SharedTile<T, kWarpgroupRows, kHeadDimV>;
+
+  struct SharedMemory {
+    Part k[kKeyStages][kParts];
+    PartV v[kKeyStages][kParts];
+    Part q[kQueryStages];
+    PartV dout[kQueryStages];
+    // Gradients of scores, keys by queries; `slot_of` tells where.
+    SharedTile<T, kWarpgroupRows, kWarpgroupRows> dscores[4];
+    Stats stats[kQueryStages];
+    Band band[kKeyStages];
+    Step step[kStepStages];
+    RingBarriers<kKeyStages> k_ring, v_ring;
+    RingBarriers<kQueryStages> query_ring, stats_ring;
+    RingBarriers<kStepStages> step_ring;
+    RingBarriers<1> dscores_ring;
+  };
+  static_assert(sizeof(SharedMemory) <= 227 * 1024, "what a CTA may have");
+};
+
+}  // namespace sparse_attn::sm90::backward_band

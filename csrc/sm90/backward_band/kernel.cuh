@@ -1,0 +1,518 @@
+// SPDX-License-Identifier: Apache-2.0
+// The Hopper backward kernel of bands: one branch whose queries attend keys of their own tile of
+// 128 rows and of the one before, at most. All gradients at once, every tensor read once.
+//
+// A CTA takes tiles one after another: those of groups that fit one, or a run of neighbours. Two
+// warps load, two find delta; two warpgroups own 64 keys of a tile each, sum dk and dv in registers
+// and share dq.
+// README.md in this folder has the schedule and the counts.
+#pragma once
+
+#include "attention/mask.cuh"
+#include "attention/softmax.cuh"
+#include "ptx/ldmatrix.cuh"
+#include "ptx/registers.cuh"
+#include "sm90/backward_band/config.h"
+#include "sm90/backward_band/store_sum.cuh"
+#include "sm90/load_rows.cuh"
+#include "sm90/multiply.cuh"
+#include "sm90/query_tiles.h"
+
+namespace sparse_attn::sm90::backward_band {
+
+struct Maps {
+  ViewMap q, k, v, dout;
+};
+
+__device__ __forceinline__ int kv_head_of(const BackwardParams& params, int head) {
+  return head / (params.heads / params.kv_heads);
+}
+
+__device__ __forceinline__ QueryTile tile_before(const QueryTile& tile) {
+  return {tile.batch, tile.head, tile.group, tile.first_row - kTileRows, kTileRows};
+}
+
+// Of 64 rows.
+__device__ __forceinline__ int step_parts(const QueryTile& tile) {
+  return tile.rows > kWarpgroupRows ? 2 : 1;
+}
+
+// The sum of the products of eight elements.
+template <class T>
+__device__ __forceinline__ float dot(const uint4& x, const uint4& y) {
+  const uint32_t xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 a = ptx::unpack<T>(xs[i]), b = ptx::unpack<T>(ys[i]);
+    sum += a.x * b.x + a.y * b.y;
+  }
+  return sum;
+}
+
+// The steps of a CTA: every so-many-th tile, or neighbours where queries attend the tile before.
+struct Steps {
+  const QueryTiles& tiles;
+  const bool walks;
+  int index, end;
+  bool keeps_own = false;  // of the step before
+  bool first = true;
+
+  __device__ __forceinline__ explicit Steps(const QueryTiles& tiles)
+      : tiles(tiles), walks(tiles.tiles.value > 1) {
+    const auto cut = [&](int cta) {
+      return static_cast<int>(static_cast<int64_t>(tiles.count) * cta / gridDim.x);
+    };
+    index = walks ? cut(blockIdx.x) : blockIdx.x;
+    end = walks ? cut(blockIdx.x + 1) : tiles.count;
+  }
+
+  // No row in the tile: there is no other.
+  __device__ __forceinline__ Step next(const SequenceView& view) {
+    const bool own = index < end;  // else queries of the next CTA, which attend keys of this one
+#pragma unroll 1
+    while (index < end || keeps_own) {
+      const QueryTile tile = tiles.at(index, view);
+      index += walks ? 1 : gridDim.x;
+      if (tile.rows == 0) continue;
+      const bool back = tile.first_row > 0, begins = first;
+      first = false;
+      keeps_own = own && walks && tile.first_row + kTileRows < view.max_rows;
+      return {tile, step_parts(tile), back, back && begins, own, keeps_own};
+    }
+    return {};
+  }
+};
+
+// Starts copying 64 rows of a head.
+template <class T, class Tile>
+__device__ __forceinline__ void load_part(Tile& part_smem, uint64_t& full, const ViewMap& map,
+                                          const SequenceView& view, const TensorView& tensor,
+                                          int head_dim, int head, const QueryTile& part) {
+  Rows<T>(map, view, tensor, head_dim, part.batch, head)
+      .template load<32>(part_smem, full, part.group, part.first_row, part.first_row + part.rows);
+}
+
+// Brings rows of a head to L2, by a warp.
+template <class T>
+__device__ __forceinline__ void prefetch_rows(const TensorView& tensor, const SequenceView& view,
+                                              const QueryTile& tile, int head_dim) {
+  const T* gmem = head_gmem<const T>(tensor, tile.batch, tile.head);
+#pragma unroll 1
+  for (int row = threadIdx.x % 32; row < tile.rows; row += 32) {
+    const int64_t token = view.position(tile.group, tile.first_row + row);
+#pragma unroll 1
+    for (int column = 0; column < head_dim; column += 64) {
+      ptx::prefetch_l2(gmem + token * tensor.row_stride + column);
+    }
+  }
+}
+
+// The warp that loads queries, and finds the steps.
+template <class Config, class SharedMemory>
+__device__ __forceinline__ void load_queries(SharedMemory& smem, const BackwardParams& params,
+                                             const QueryTiles& tiles, const Maps& maps) {
+  using T = typename Config::Element;
+  const SequenceView& view = params.branch.queries;
+  Place<Config::kQueryStages> place;
+  Place<Config::kStepStages> step_place;
+  Steps steps(tiles);
+  while (true) {
+    step_place.wait_empty(smem.step_ring);
+    const Step& step = smem.step[step_place.stage];  // read when needed: registers are scarce
+    const Step next = steps.next(view);
+    if (threadIdx.x == 0) smem.step[step_place.stage] = next;
+    step_place.arrive_full(smem.step_ring);
+    __syncwarp();
+    if (step.tile.rows == 0) break;
+#pragma unroll 1
+    for (int number = 0; number < step.parts; ++number) {
+      const QueryTile part = part_of(step.tile, number);
+      uint64_t& full = smem.query_ring.full[place.stage];
+      place.wait_empty(smem.query_ring);
+      load_part<T>(smem.q[place.stage], full, maps.q, view, params.q, params.head_dim, part.head,
+                   part);
+      load_part<T>(smem.dout[place.stage], full, maps.dout, view, params.dout, params.head_dim_v,
+                   part.head, part);
+      ptx::cp_async_arrive(full);
+      if (params.out.data != nullptr) {  // for find_stats
+        prefetch_rows<T>(params.out, view, part, params.head_dim_v);
+      }
+      if (params.accumulate) prefetch_rows<T>(params.dq, view, part, params.head_dim);
+      place.advance();
+    }
+    step_place.advance();
+  }
+}
+
+// The warp that loads keys and values, and finds which queries attend them.
+template <class Config, class SharedMemory>
+__device__ __forceinline__ void load_keys(SharedMemory& smem, const BackwardParams& params,
+                                          const Maps& maps) {
+  using T = typename Config::Element;
+  const Branch& branch = params.branch;
+  const SequenceView& view = branch.queries;
+  const int lane = threadIdx.x % 32;
+  Place<Config::kKeyStages> place;
+  Place<Config::kStepStages> step_place;
+  while (true) {
+    step_place.wait_full(smem.step_ring);
+    const Step& step = smem.step[step_place.stage];
+    if (step.tile.rows == 0) break;
+#pragma unroll 1
+    for (int before = step.loads_back; before >= 0 && step.own; --before) {
+      const QueryTile tile = before ? tile_before(step.tile) : step.tile;
+      const int kv_head = kv_head_of(params, tile.head);
+      uint64_t& v_full = smem.v_ring.full[place.stage];
+      place.wait_empty(smem.v_ring);
+#pragma unroll 1
+      for (int number = 0; number < step_parts(tile); ++number) {
+        load_part<T>(smem.v[place.stage][number], v_full, maps.v, view, params.v, params.head_dim_v,
+                     kv_head, part_of(tile, number));
+      }
+      ptx::cp_async_arrive(v_full);
+
+      uint64_t& k_full = smem.k_ring.full[place.stage];
+      Band& band = smem.band[place.stage];
+      place.wait_empty(smem.k_ring);
+#pragma unroll 1
+      for (int number = 0; number < step_parts(tile); ++number) {
+        load_part<T>(smem.k[place.stage][number], k_full, maps.k, view, params.k, params.head_dim,
+                     kv_head, part_of(tile, number));
+      }
+#pragma unroll 1
+      for (int row = lane; row < kTileRows; row += 32) {
+        const int token = view.position(tile.group, tile.first_row + row);
+        Interval queries = {tile.first_row, tile.first_row};
+        if (row < tile.rows) queries = branch.segments[0].bounds(branch.run, tile.group, token);
+        band.first[row] = static_cast<int16_t>(queries.first - tile.first_row);
+        band.end[row] = static_cast<int16_t>(queries.end - tile.first_row);
+      }
+      if (lane == 0) band.rows = tile.rows;
+      ptx::cp_async_arrive(k_full);
+      ptx::mbarrier_arrive(k_full);  // what was not copied
+      if (params.accumulate) {
+        prefetch_rows<T>(params.dk, view, tile, params.head_dim);
+        prefetch_rows<T>(params.dv, view, tile, params.head_dim_v);
+      }
+      place.advance();
+    }
+    step_place.arrive_empty(smem.step_ring);
+    step_place.advance();
+  }
+}
+
+// The warps that find delta = rowsum(dout * out) - dlse and the lse in units of log 2, or copy what
+// was found before. Eight lanes share a row.
+template <class Config, class SharedMemory>
+__device__ __forceinline__ void find_stats(SharedMemory& smem, const BackwardParams& params,
+                                           int warp) {
+  using T = typename Config::Element;
+  constexpr int kVectors = Config::kHeadDimV / 64;  // of a lane in a row
+  constexpr int kRowsAtOnce = 4 / kVectors;         // of a lane
+  constexpr int kWarpRows = kWarpgroupRows / kStatsWarps;
+  const SequenceView& view = params.branch.queries;
+  const int lane = threadIdx.x % 32;
+  const bool finds = params.out.data != nullptr;
+  Place<Config::kQueryStages> place;
+  Place<Config::kStepStages> step_place;
+  while (true) {
+    step_place.wait_full(smem.step_ring);
+    const Step& step = smem.step[step_place.stage];
+    if (step.tile.rows == 0) break;
+#pragma unroll 1
+    for (int number = 0; number < step.parts; ++number) {
+      const QueryTile part = part_of(step.tile, number);
+      const int64_t head = static_cast<int64_t>(part.batch) * params.heads + part.head;
+      const T* out_gmem = head_gmem<const T>(params.out, part.batch, part.head);
+      Stats& stats = smem.stats[place.stage];
+      auto& dout_smem = smem.dout[place.stage];
+      place.wait_full(smem.query_ring);
+#pragma unroll 1
+      for (int i = 0; i < kWarpRows; i += 4 * kRowsAtOnce) {
+        const int first_row = warp * kWarpRows + i + lane / 8;
+        uint4 out[kRowsAtOnce][kVectors];
+#pragma unroll
+        for (int j = 0; j < kRowsAtOnce; ++j) {
+          const int row = first_row + 4 * j;
+          const int64_t token = view.position(part.group, part.first_row + row);
+#pragma unroll
+          for (int k = 0; k < kVectors; ++k) {
+            const int column = k * 64 + lane % 8 * 8;
+            out[j][k] = {};
+            if (finds && row < part.rows && column < params.head_dim_v) {
+              out[j][k] = *reinterpret_cast<const uint4*>(out_gmem + token * params.out.row_stride +
+                                                          column);
+            }
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < kRowsAtOnce; ++j) {
+          const int row = first_row + 4 * j;
+          float delta = 0.f;
+#pragma unroll
+          for (int k = 0; k < kVectors; ++k) {
+            delta += dot<T>(out[j][k],
+                            *reinterpret_cast<const uint4*>(dout_smem.at(row, k * 8 + lane % 8)));
+          }
+#pragma unroll
+          for (int distance = 4; distance > 0; distance /= 2) {
+            delta += __shfl_xor_sync(0xffffffff, delta, distance);
+          }
+          if (lane % 8 != 0) continue;
+          RowStats found = {0.f, 0.f};
+          if (row < part.rows) {
+            const int64_t index =
+                head * params.seq_q + view.position(part.group, part.first_row + row);
+            if (finds) {
+              const float lse = params.lse[index];
+              if (params.dlse != nullptr) delta -= params.dlse[index];
+              const bool empty = lse == minus_infinity();  // dlse may be anything there
+              found = empty ? RowStats{-minus_infinity(), 0.f} : RowStats{lse * kLog2E, delta};
+              if (params.stats != nullptr) params.stats[index] = found;
+            } else {
+              found = params.stats[index];
+            }
+          }
+          stats.lse_log2[row] = found.lse_log2, stats.delta[row] = found.delta;
+        }
+      }
+      place.arrive_full(smem.stats_ring);
+      place.arrive_empty(smem.query_ring);
+      place.advance();
+    }
+    step_place.arrive_empty(smem.step_ring);
+    step_place.advance();
+  }
+}
+
+// Where the gradients of scores of a part of queries and a part of keys are: those of the tile
+// before are 0 and 1, its own 2 and 3. Queries attend at most three of these, and the first part of
+// keys only with the first part of queries, or all four are not there.
+__device__ __forceinline__ int slot_of(int part, int keys) {
+  return part == 0 ? keys : (keys + 2) % 4;
+}
+
+// Keeps registers that a wgmma reads from being reused before this point.
+template <class T, class Tile>
+__device__ __forceinline__ void keep(Rounded<T, Tile>& rounded) {
+#pragma unroll
+  for (auto& fragment : rounded.at) {
+#pragma unroll
+    for (uint32_t& pair : fragment) asm volatile("" : "+r"(pair)::"memory");
+  }
+}
+
+// A warpgroup that computes the `number`-th 64 keys of every tile.
+template <class Config, class SharedMemory>
+__device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams& params,
+                                        int number) {
+  using T = typename Config::Element;
+  using Scores = typename Config::Scores;
+  constexpr int kLaneRows = Scores::kLaneRows;
+  const Branch& branch = params.branch;
+  const float scale_log2 = params.scale * kLog2E;
+  const int warp_row = threadIdx.x / 32 % 4 * 16;  // of a part
+  const auto sync = [&] { ptx::named_barrier(1 + number, 128); };
+  Place<Config::kKeyStages> back_place, own_place;
+  Place<Config::kQueryStages> query_place;
+  Place<Config::kStepStages> step_place;
+  Place<1> dscores_place;                 // filled for every part of queries
+  typename Config::GradientK gradient_k;  // over scale
+  typename Config::GradientV gradient_v;
+
+  // Whether queries [first, first + 64), counted from the first key of a tile, attend a part of it.
+  const auto attended = [&](const Band& band, int part, int first) {
+    const int first_key = part * kWarpgroupRows;
+    const int keys = least(band.rows - first_key, kWarpgroupRows);
+    return keys > 0 && band.first[first_key] < first + kWarpgroupRows &&
+           band.end[first_key + keys - 1] > first;
+  };
+  // Sums this warpgroup's keys over one part of queries.
+  const auto sum_part = [&](int key_stage, int first, int slot) {
+    const int query_stage = query_place.stage;
+    const Stats& stats = smem.stats[query_stage];
+    Scores weights, dscores;
+    ptx::fence_async_proxy();  // between cp.async and wgmma
+    ptx::wgmma_fence();
+    start_multiply_transposed<T>(weights, smem.k[key_stage][number], smem.q[query_stage]);
+    start_multiply_transposed<T>(dscores, smem.v[key_stage][number], smem.dout[query_stage]);
+    query_place.wait_full(smem.stats_ring);
+    ptx::wgmma_wait<1>();
+    ptx::pin(weights);
+    weights.for_each([&](float& weight, int, int column) {
+      weight = ptx::exp2(weight * scale_log2 - stats.lse_log2[column]);
+    });
+    const Band& band = smem.band[key_stage];
+    const int first_key = number * kWarpgroupRows;
+    const int keys = band.rows - first_key;
+    // Most are cut at one end only.
+    int bound[kLaneRows];
+    if (first < band.first[first_key + least(keys, kWarpgroupRows) - 1]) {
+#pragma unroll
+      for (int i = 0; i < kLaneRows; ++i) {
+        bound[i] = band.first[first_key + warp_row + Scores::row(i)] - first;
+      }
+      weights.for_each([&](float& weight, int row, int column) {
+        if (column < bound[row]) weight = 0.f;
+      });
+    }
+    if (first + kWarpgroupRows > band.end[first_key] || keys < kWarpgroupRows) {
+#pragma unroll
+      for (int i = 0; i < kLaneRows; ++i) {
+        bound[i] = band.end[first_key + warp_row + Scores::row(i)] - first;
+      }
+      weights.for_each([&](float& weight, int row, int column) {
+        if (column >= bound[row]) weight = 0.f;
+      });
+    }
+    if (branch.residues > 1) fill_other_residues(weights, branch.residues, first, 0.f);
+    ptx::wgmma_wait<0>();
+    ptx::pin(dscores);
+    dscores.for_each(weights, [&](float& dscore, float weight, int, int column) {
+      dscore = weight * (dscore - stats.delta[column]);
+    });
+    Rounded<T, Scores> rounded_weights(weights), rounded_dscores(dscores);
+    dscores_place.wait_empty(smem.dscores_ring);
+    auto& dscores_smem = smem.dscores[slot];
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < kWarpgroupRows / 16; ++i) {
+      ptx::stmatrix_x4(dscores_smem.at(warp_row + lane % 16, 2 * i + lane / 16),
+                       rounded_dscores.at[i]);
+    }
+    ptx::fence_async_proxy();  // between these stores and wgmma
+    ptx::wgmma_fence();
+    start_multiply_add<T>(gradient_v, rounded_weights, smem.dout[query_stage]);
+    start_multiply_add<T>(gradient_k, rounded_dscores, smem.q[query_stage]);
+    ptx::wgmma_wait<0>();
+    ptx::pin(gradient_v);
+    ptx::pin(gradient_k);
+    keep(rounded_weights);
+    keep(rounded_dscores);
+  };
+
+  // dq of a part of queries: this warpgroup's columns of the sum over all keys.
+  const auto sum_queries = [&](const Step& step, int part) {
+    constexpr int kColumns = Config::GradientQ::kColumns;
+    typename Config::GradientQ gradient_q;
+    gradient_q.clear();
+    dscores_place.arrive_full(smem.dscores_ring);
+    dscores_place.wait_full(smem.dscores_ring);
+#pragma unroll 1
+    for (int keys = step.back ? 0 : 2; keys < 4; ++keys) {
+      const int stage = keys < 2 ? back_place.stage : own_place.stage;
+      const int first = (keys < 2 ? kTileRows : 0) + part * kWarpgroupRows;
+      if (!attended(smem.band[stage], keys % 2, first)) continue;
+      ptx::wgmma_fence();
+      start_multiply_add_across<T>(gradient_q, smem.dscores[slot_of(part, keys)],
+                                   smem.k[stage][keys % 2], number * kColumns);
+      ptx::wgmma_commit();
+    }
+    ptx::wgmma_wait<0>();
+    ptx::pin(gradient_q);
+    dscores_place.arrive_empty(smem.dscores_ring);
+    dscores_place.advance();
+    store_sum<T>(gradient_q, params.scale, smem.dout[query_place.stage], warp_row,
+                 number * (kColumns / 8),
+                 {params.dq, branch.queries, step.tile, part * kWarpgroupRows + warp_row,
+                  number * kColumns, params.head_dim, params.accumulate});
+  };
+
+  while (true) {
+    step_place.wait_full(smem.step_ring);
+    const Step& step = smem.step[step_place.stage];  // read when needed: registers are scarce
+    if (step.tile.rows == 0) break;
+    if (step.loads_back) {
+      back_place = own_place;
+      own_place.advance();
+    }
+    auto first_query_place = query_place;
+#pragma unroll 1
+    for (int own = step.back ? 0 : 1; own < (step.own ? 2 : 1); ++own) {
+      const bool last = own == (step.own ? 1 : 0);
+      const auto key_place = own ? own_place : back_place;
+      key_place.wait_full(smem.k_ring);
+      key_place.wait_full(smem.v_ring);
+      if (own || step.loads_back) {
+        gradient_k.clear();
+        gradient_v.clear();
+      }
+      query_place = first_query_place;
+#pragma unroll 1
+      for (int part = 0; part < step.parts; ++part) {
+        query_place.wait_full(smem.query_ring);
+        const int first = (own ? 0 : kTileRows) + part * kWarpgroupRows;
+        if (attended(smem.band[key_place.stage], number, first)) {
+          sum_part(key_place.stage, first, slot_of(part, 2 * own + number));
+        }
+        if (own) {
+          query_place.wait_full(smem.stats_ring);  // dout is read no more
+          sum_queries(step, part);
+          ptx::fence_async_proxy();  // between what it leaves in shared memory and the next queries
+        }
+        if (last) query_place.arrive_empty(smem.query_ring);
+        query_place.advance();
+      }
+      if (last && step.back) back_place.arrive_empty(smem.k_ring);
+      if (own && !step.keeps_own) own_place.arrive_empty(smem.k_ring);
+      if (own && step.keeps_own) continue;
+      if (own || !step.loads_back) {
+        const QueryTile tile = own ? step.tile : tile_before(step.tile);
+        const int row = number * kWarpgroupRows + warp_row;
+        auto& scratch_smem = smem.v[key_place.stage][number];
+        sync();  // no warp's wgmma reads these values any more
+        store_sum<T>(gradient_k, params.scale, scratch_smem, warp_row, 0,
+                     {params.dk, branch.queries, tile, row, 0, params.head_dim, params.accumulate});
+        store_sum<T>(
+            gradient_v, 1.f, scratch_smem, warp_row, 0,
+            {params.dv, branch.queries, tile, row, 0, params.head_dim_v, params.accumulate});
+        ptx::fence_async_proxy();
+      }
+      key_place.arrive_empty(smem.v_ring);
+    }
+    if (step.own) {
+      back_place = own_place;
+      own_place.advance();
+    }
+    step_place.arrive_empty(smem.step_ring);
+    step_place.advance();
+  }
+}
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    backward_band_kernel(const __grid_constant__ BackwardParams params,
+                         const __grid_constant__ QueryTiles tiles,
+                         const __grid_constant__ Maps maps) {
+  extern __shared__ __align__(1024) char shared_memory[];
+  auto& smem = *reinterpret_cast<typename Config::SharedMemory*>(shared_memory);
+  if (threadIdx.x == 0) {
+    constexpr int kWarps = 4 * kConsumers;
+    smem.k_ring.init(2 * 32, kWarps);  // of each lane: its copies, its bands
+    smem.v_ring.init(32, kWarps);
+    smem.query_ring.init(32, kWarps + kStatsWarps);
+    smem.stats_ring.init(kStatsWarps, 1);  // emptied with the queries
+    smem.step_ring.init(1, kWarps + kStatsWarps + 1);
+    smem.dscores_ring.init(kWarps, kWarps);
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
+  if (warpgroup == 0) {
+    ptx::give_registers<Config::kLoadRegisters>();
+    const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
+    if (warp == 0) {
+      load_queries<Config>(smem, params, tiles, maps);
+    } else if (warp == 1) {
+      load_keys<Config>(smem, params, maps);
+    } else {
+      find_stats<Config>(smem, params, warp - 2);
+    }
+  } else {
+    ptx::take_registers<Config::kComputeRegisters>();
+    compute<Config>(smem, params, warpgroup - 1);
+  }
+}
+
+}  // namespace sparse_attn::sm90::backward_band
