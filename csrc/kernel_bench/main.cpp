@@ -3,6 +3,7 @@
 // options.cpp.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <exception>
 #include <fstream>
@@ -19,6 +20,7 @@
 #include "kernel_bench/report.h"
 #include "kernel_bench/tensors.h"
 #include "kernel_bench/timing.h"
+#include "sm90/backward_band/fits.h"
 
 // cuda_profiler_api.h, which declares these, comes in a wheel of its own.
 extern "C" cudaError_t cudaProfilerStart();
@@ -75,7 +77,6 @@ void run_row_stats(const Tensors& tensors, int device) {
 }
 
 void run_backward(const PlanFile& plan, const Tensors& tensors, Kernels kernels, int device) {
-  run_row_stats(tensors, device);
   if (plan.zero_key_gradients) {
     CHECK_CUDA(cudaMemsetAsync(tensors.dk.data(), 0, tensors.dk.bytes()));
     CHECK_CUDA(cudaMemsetAsync(tensors.dv.data(), 0, tensors.dv.bytes()));
@@ -86,6 +87,24 @@ void run_backward(const PlanFile& plan, const Tensors& tensors, Kernels kernels,
   params.dk = tensors.view(tensors.dk, tensors.kv_heads, tensors.head_dim);
   params.dv = tensors.view(tensors.dv, tensors.kv_heads, tensors.head_dim_v);
   params.stats = tensors.stats.data();
+  const bool at_once =
+      kernels == Kernels::sm90 && tensors.heads == tensors.kv_heads &&
+      plan.branches.size() == plan.transposed.size() &&
+      std::all_of(plan.transposed.begin(), plan.transposed.end(), sm90::backward_band::fits);
+  if (at_once) {
+    params.owner = Owner::both;
+    params.heads_together = 1;
+    params.out = tensors.view(tensors.out, tensors.heads, tensors.head_dim_v);
+    params.lse = tensors.lse.data();
+    for (const Branch& branch : plan.transposed) {
+      params.branch = branch;
+      backward(params);
+      params.accumulate = true;
+      params.out = {};  // the first has left the statistics
+    }
+    return;
+  }
+  run_row_stats(tensors, device);
   for (const Owner owner : {Owner::queries, Owner::keys}) {
     params.owner = owner;
     params.heads_together = owner == Owner::keys ? tensors.heads / tensors.kv_heads : 1;

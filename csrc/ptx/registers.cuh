@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Registers handed from one warpgroup to another (PTX: setmaxnreg).
+// Registers handed from one warpgroup to another (PTX: setmaxnreg), and special ones.
 #pragma once
 
 namespace sparse_attn::ptx {
@@ -12,6 +12,13 @@ __device__ __forceinline__ void give_registers() {
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// Read anew each time: nothing found from it waits in a register for its next use.
+__device__ __forceinline__ int lane() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
 }
 
 }  // namespace sparse_attn::ptx

@@ -4,6 +4,7 @@
 # of the kernels; ``backends.cuda.native_plan(pattern, length)`` makes the branches.
 
 max_chunks: int
+most_head_dim_at_once: int
 
 class SequenceView:
     def __init__(

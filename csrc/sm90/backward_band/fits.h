@@ -5,7 +5,8 @@
 
 namespace sparse_attn::sm90::backward_band {
 
-constexpr int kTileRows = 128;  // of queries, and of keys
+constexpr int kTileRows = 128;     // of queries, and of keys
+constexpr int kMostHeadDim = 128;  // of either; wider sums fit no registers
 
 inline bool same(const SequenceView& a, const SequenceView& b) {
   return a.length == b.length && a.groups == b.groups && a.max_rows == b.max_rows &&

@@ -84,6 +84,14 @@ struct Steps {
   }
 };
 
+// All copies of this warp so far have landed, for wgmma too, or count on the barrier.
+__device__ __forceinline__ void arrive_loaded(uint64_t& full) {
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();
+  ptx::fence_async_proxy();
+  ptx::mbarrier_arrive(full);
+}
+
 // Starts copying 64 rows of a head.
 template <class T, class Tile>
 __device__ __forceinline__ void load_part(Tile& part_smem, uint64_t& full, const ViewMap& map,
@@ -134,7 +142,7 @@ __device__ __forceinline__ void load_queries(SharedMemory& smem, const BackwardP
                    part);
       load_part<T>(smem.dout[place.stage], full, maps.dout, view, params.dout, params.head_dim_v,
                    part.head, part);
-      ptx::cp_async_arrive(full);
+      arrive_loaded(full);
       if (params.finds_stats) {  // for find_stats
         prefetch_rows<T>(params.out, view, part, params.head_dim_v);
       }
@@ -170,7 +178,7 @@ __device__ __forceinline__ void load_keys(SharedMemory& smem, const BackwardPara
         load_part<T>(smem.v[place.stage][number], v_full, maps.v, view, params.v, params.head_dim_v,
                      kv_head, part_of(tile, number));
       }
-      ptx::cp_async_arrive(v_full);
+      arrive_loaded(v_full);
 
       uint64_t& k_full = smem.k_ring.full[place.stage];
       Band& band = smem.band[place.stage];
@@ -189,8 +197,7 @@ __device__ __forceinline__ void load_keys(SharedMemory& smem, const BackwardPara
         band.end[row] = static_cast<int16_t>(queries.end - tile.first_row);
       }
       if (lane == 0) band.rows = tile.rows;
-      ptx::cp_async_arrive(k_full);
-      ptx::mbarrier_arrive(k_full);  // what was not copied
+      arrive_loaded(k_full);
       if (params.accumulate) {
         prefetch_rows<T>(params.dk, view, tile, params.head_dim);
         prefetch_rows<T>(params.dv, view, tile, params.head_dim_v);
@@ -333,7 +340,6 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
     const int query_stage = query_place.stage;
     const Stats& stats = smem.stats[query_stage];
     Scores weights, dscores;
-    ptx::fence_async_proxy();  // between cp.async and wgmma
     ptx::wgmma_fence();
     start_multiply_transposed<T>(weights, smem.k[key_stage][number], smem.q[query_stage]);
     start_multiply_transposed<T>(dscores, smem.v[key_stage][number], smem.dout[query_stage]);
@@ -366,6 +372,7 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
         if (column >= bound[row]) weight = 0.f;
       });
     }
+    if (branch.residues > 1) fill_other_residues(weights, branch.residues, first, 0.f);
     ptx::wgmma_wait<0>();
     ptx::pin(dscores);
     dscores.for_each(weights, [&](float& dscore, float weight, int, int column) {
@@ -412,10 +419,15 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
     ptx::pin(gradient_q);
     dscores_place.arrive_empty(smem.dscores_ring);
     dscores_place.advance();
-    store_sum<T>(gradient_q, params.scale, smem.dout[query_place.stage], warp_row,
-                 number * (kColumns / 8),
-                 {params.dq, branch.queries, step.tile, part * kWarpgroupRows + warp_row,
-                  number * kColumns, params.head_dim, params.accumulate});
+    const Target target = {
+        params.dq,         branch.queries,  step.tile,        part * kWarpgroupRows + warp_row,
+        number * kColumns, params.head_dim, params.accumulate};
+    const Outgoing<T, typename Config::GradientQ> dq(gradient_q, params.scale,
+                                                     smem.dout[query_place.stage], warp_row,
+                                                     number * (kColumns / 8), target);
+    ptx::fence_async_proxy();  // between shared memory and the next queries; before the stores
+    query_place.arrive_empty(smem.query_ring);
+    dq.store(target);
   };
 
   while (true) {
@@ -448,9 +460,9 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
         if (own) {
           query_place.wait_full(smem.stats_ring);  // dout is read no more
           sum_queries(step, part);
-          ptx::fence_async_proxy();  // between what it leaves in shared memory and the next queries
+        } else if (last) {
+          query_place.arrive_empty(smem.query_ring);
         }
-        if (last) query_place.arrive_empty(smem.query_ring);
         query_place.advance();
       }
       if (last && step.back) back_place.arrive_empty(smem.k_ring);
@@ -458,17 +470,25 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
       if (own && step.keeps_own) continue;
       if (own || !step.loads_back) {
         const QueryTile tile = own ? step.tile : tile_before(step.tile);
-        const int row = number * kWarpgroupRows + warp_row;
-        auto& scratch_smem = smem.v[key_place.stage][number];
+        const auto target = [&](const TensorView& tensor, int head_dim) -> Target {
+          return {tensor,   branch.queries,   tile, number * kWarpgroupRows + warp_row, 0,
+                  head_dim, params.accumulate};
+        };
+        const Target target_k = target(params.dk, params.head_dim);
+        const Target target_v = target(params.dv, params.head_dim_v);
+        auto& v_smem = smem.v[key_place.stage][number];
         sync();  // no warp's wgmma reads these values any more
-        store_sum<T>(gradient_k, params.scale, scratch_smem, warp_row, 0,
-                     {params.dk, branch.queries, tile, row, 0, params.head_dim, params.accumulate});
-        store_sum<T>(
-            gradient_v, 1.f, scratch_smem, warp_row, 0,
-            {params.dv, branch.queries, tile, row, 0, params.head_dim_v, params.accumulate});
-        ptx::fence_async_proxy();
+        const Outgoing<T, typename Config::GradientK> dk(gradient_k, params.scale, v_smem, warp_row,
+                                                         0, target_k);
+        const Outgoing<T, typename Config::GradientV> dv(gradient_v, 1.f, v_smem, warp_row, 0,
+                                                         target_v);
+        ptx::fence_async_proxy();  // before the stores, for which it would wait
+        key_place.arrive_empty(smem.v_ring);
+        dk.store(target_k);
+        dv.store(target_v);
+      } else {
+        key_place.arrive_empty(smem.v_ring);
       }
-      key_place.arrive_empty(smem.v_ring);
     }
     if (step.own) {
       back_place = own_place;
@@ -488,7 +508,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   auto& smem = *reinterpret_cast<typename Config::SharedMemory*>(shared_memory);
   if (threadIdx.x == 0) {
     constexpr int kWarps = 4 * kConsumers;
-    smem.k_ring.init(2 * 32, kWarps);  // of each lane: its copies, its bands
+    smem.k_ring.init(32, kWarps);
     smem.v_ring.init(32, kWarps);
     smem.query_ring.init(32, kWarps + kStatsWarps);
     smem.stats_ring.init(kStatsWarps, 1);  // emptied with the queries

@@ -1,26 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "attention/short_groups.h"
 #include "sm90/backward_band/kernel.cuh"
 #include "sm90/backward_band/launch.h"
 
 namespace sparse_attn::sm90::backward_band {
 
 template <class T, int kHeadDim, int kHeadDimV>
-void launch(const BackwardParams& params) {
+void launch(const BackwardParams& call) {
   using Config = Config<T, kHeadDim, kHeadDimV>;
+  BackwardParams params = call;
+  const Branch together = with_short_groups_together(params.branch, kTileRows);
+  if (fits(together)) params.branch = together;
   const SequenceView& view = params.branch.queries;
   const QueryTiles tiles =
       QueryTiles::of(params.branch, kTileRows, params.first_head, params.head_count, params.batch);
   if (tiles.count == 0) return;
-  const auto map = [&](const TensorView& tensor, int head_dim, int heads) {
-    return ViewMap::of(tensor, view, head_dim, heads, params.batch, kWarpgroupRows, params.element,
-                       true);
+  const auto map = [&](const TensorView& tensor, int heads) {
+    return ViewMap::of<typename Config::Part>(tensor, view, params.head_dim, heads, params.batch,
+                                              params.element, true);
   };
-  const Maps maps = {map(params.q, params.head_dim, params.heads),
-                     map(params.k, params.head_dim, params.kv_heads),
-                     map(params.v, params.head_dim_v, params.kv_heads),
-                     map(params.dout, params.head_dim_v, params.heads)};
+  const auto map_v = [&](const TensorView& tensor, int heads) {
+    return ViewMap::of<typename Config::PartV>(tensor, view, params.head_dim_v, heads, params.batch,
+                                               params.element, true);
+  };
+  const Maps maps = {map(params.q, params.heads), map(params.k, params.kv_heads),
+                     map_v(params.v, params.kv_heads), map_v(params.dout, params.heads)};
   int multiprocessors = 0;
   CHECK_CUDA(
       cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, params.device));

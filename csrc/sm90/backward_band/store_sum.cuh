@@ -4,6 +4,7 @@
 
 #include "attention/tile_copy.cuh"
 #include "ptx/ldmatrix.cuh"
+#include "ptx/registers.cuh"
 #include "sm90/multiply.cuh"
 
 namespace sparse_attn::sm90::backward_band {
@@ -19,65 +20,81 @@ struct Target {
   bool accumulate;  // add to what is there
 };
 
-// By way of a tile in shared memory that nobody reads any more: its rows from `scratch_row` on,
-// vectors from `scratch_vector` on.
-template <class T, class Sum, class Tile>
-__device__ __forceinline__ void store_sum(Sum& sum, float factor, Tile& scratch_smem,
-                                          int scratch_row, int scratch_vector,
-                                          const Target& target) {
-  constexpr int kVectors = Sum::kColumns / 8;
-  constexpr int kLanes = kVectors < 8 ? kVectors : 8;  // that share a row
-  constexpr int kCopies = 16 * kVectors / 32;          // of a lane, 16 bytes each
-  constexpr int kRowsAtOnce = 32 / kLanes;
-  const int lane = threadIdx.x % 32;
-  T* gmem = head_gmem<T>(target.tensor, target.tile.batch, target.tile.head) + target.column;
-  // f(vector in shared memory, in global memory, whether it exists)
-  const auto for_each_copy = [&](auto f) {
+// A sum on its way, as a lane stores it: 16 bytes of a row at a time.
+template <class T, class Sum>
+struct Outgoing {
+  static constexpr int kVectors = Sum::kColumns / 8;
+  static constexpr int kLanes = kVectors < 8 ? kVectors : 8;  // that share a row
+  static constexpr int kRowsAtOnce = 32 / kLanes;
+  static constexpr int kSteps = 16 / kRowsAtOnce;
+  static constexpr int kCopies = kSteps * kVectors / kLanes;
+  uint4 vectors[kCopies];
+
+  // f(index, row, vector, address in global memory, whether it exists)
+  template <class F>
+  static __device__ __forceinline__ void for_each(const Target& target, F f) {
+    T* gmem = head_gmem<T>(target.tensor, target.tile.batch, target.tile.head) + target.column;
+    const int lane = ptx::lane();
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      const int row = i % (16 / kRowsAtOnce) * kRowsAtOnce + lane / kLanes;
-      const int vector = i / (16 / kRowsAtOnce) * kLanes + lane % kLanes;
+      const int row = i % kSteps * kRowsAtOnce + lane / kLanes;
+      const int vector = i / kSteps * kLanes + lane % kLanes;
       const int64_t token =
           target.view.position(target.tile.group, target.tile.first_row + target.row + row);
-      f(i, *reinterpret_cast<uint4*>(scratch_smem.at(scratch_row + row, scratch_vector + vector)),
+      f(i, row, vector,
         reinterpret_cast<uint4*>(gmem + token * target.tensor.row_stride + vector * 8),
         target.row + row < target.tile.rows && target.column + vector * 8 < target.head_dim);
     }
-  };
-  // The row and the vector of matrix lane / 8 of four.
-  const auto matrix_smem = [&](int i) {
-    return scratch_smem.at(scratch_row + lane % 16, scratch_vector + 2 * i + lane / 16);
-  };
+  }
 
-  sum.for_each([&](float& element, int, int) { element *= factor; });
-  if (target.accumulate) {
-    uint4 earlier[kCopies];
-    for_each_copy([&](int i, uint4&, const uint4* gmem, bool exists) {
-      earlier[i] = exists ? *gmem : uint4{};
-    });
-    for_each_copy([&](int i, uint4& smem, const uint4*, bool) { smem = earlier[i]; });
-    __syncwarp();
+  // factor * sum, by way of a tile in shared memory that nobody reads any more: its rows from
+  // `first_row` on, vectors from `first_vector` on.
+  template <class Tile>
+  __device__ __forceinline__ Outgoing(Sum& sum, float factor, Tile& tile_smem, int first_row,
+                                      int first_vector, const Target& target) {
+    const auto vector_smem = [&](int row, int vector) -> uint4& {
+      return *reinterpret_cast<uint4*>(tile_smem.at(first_row + row, first_vector + vector));
+    };
+    const int lane = ptx::lane();
+    // A row of four matrices of 16 columns.
+    const auto matrix_smem = [&](int i) { return &vector_smem(lane % 16, 2 * i + lane / 16); };
+    sum.for_each([&](float& element, int, int) { element *= factor; });
+    if (target.accumulate) {
+      for_each(target, [&](int i, int, int, const uint4* gmem, bool exists) {
+        vectors[i] = exists ? *gmem : uint4{};
+      });
+      for_each(target, [&](int i, int row, int vector, const uint4*, bool) {
+        vector_smem(row, vector) = vectors[i];
+      });
+      __syncwarp();
 #pragma unroll
-    for (int i = 0; i < kVectors / 2; ++i) {
-      uint32_t pairs[4];
-      ptx::ldmatrix_x4(pairs, matrix_smem(i));
+      for (int i = 0; i < kVectors / 2; ++i) {
+        uint32_t pairs[4];
+        ptx::ldmatrix_x4(pairs, matrix_smem(i));
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float2 pair = ptx::unpack<T>(pairs[j]);
-        sum.at[0][2 * i + j / 2][j % 2 * 2] += pair.x;
-        sum.at[0][2 * i + j / 2][j % 2 * 2 + 1] += pair.y;
+        for (int j = 0; j < 4; ++j) {
+          const float2 pair = ptx::unpack<T>(pairs[j]);
+          sum.at[0][2 * i + j / 2][j % 2 * 2] += pair.x;
+          sum.at[0][2 * i + j / 2][j % 2 * 2 + 1] += pair.y;
+        }
       }
+      __syncwarp();
     }
+    const Rounded<T, Sum> rounded(sum);
+#pragma unroll
+    for (int i = 0; i < kVectors / 2; ++i) ptx::stmatrix_x4(matrix_smem(i), rounded.at[i]);
+    __syncwarp();
+    for_each(target, [&](int i, int row, int vector, const uint4*, bool) {
+      vectors[i] = vector_smem(row, vector);
+    });
     __syncwarp();
   }
-  const Rounded<T, Sum> rounded(sum);
-#pragma unroll
-  for (int i = 0; i < kVectors / 2; ++i) ptx::stmatrix_x4(matrix_smem(i), rounded.at[i]);
-  __syncwarp();
-  for_each_copy([&](int, const uint4& smem, uint4* gmem, bool exists) {
-    if (exists) *gmem = smem;
-  });
-  __syncwarp();
-}
+
+  __device__ __forceinline__ void store(const Target& target) const {
+    for_each(target, [&](int i, int, int, uint4* gmem, bool exists) {
+      if (exists) *gmem = vectors[i];
+    });
+  }
+};
 
 }  // namespace sparse_attn::sm90::backward_band
