@@ -122,31 +122,10 @@ def forward(
     *,
     sm90: bool,
 ) -> None:
+    """Attention into ``out`` and ``lse``, prepared for this one call."""
     metas = (TensorMeta.of(x) for x in (q, k, v, out))
     layout = pattern.layout if isinstance(pattern, BlockSparse) else None
     ForwardCall(pattern, scale, *metas, sm90=sm90)(q, k, v, layout, out, lse)
-
-
-def backward(
-    dout: torch.Tensor,
-    dlse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    pattern: Pattern,
-    scale: float,
-    dq: torch.Tensor,
-    dk: torch.Tensor,
-    dv: torch.Tensor,
-    *,
-    sm90: bool,
-) -> None:
-    metas = (TensorMeta.of(x) for x in (dout, q, k, v, out, dq, dk, dv))
-    call = BackwardCall(pattern, scale, *metas, sm90=sm90)
-    layout = pattern.layout if isinstance(pattern, BlockSparse) else None
-    call(dout, dlse, q, k, v, out, lse, layout, dq, dk, dv)
 
 
 class ForwardCall:
