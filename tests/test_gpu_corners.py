@@ -279,11 +279,42 @@ def test_70_000_heads(batch: int, heads: int, pattern: Any) -> None:
     assert_all_close(flat_actual, exact, low)
 
 
+# Short chunks and residues, several in a tile.
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("head_dim", [32, 64, 256])
+@pytest.mark.parametrize(
+    "members",
+    [
+        (("dilated", 128),),  # of 9 and 8 rows
+        (("dilated", 36),),
+        (("dilated", 18),),
+        (("dilated", 35),),  # an odd number of residues
+        (("local", 96), ("dilated", 96)),
+        (("chunk", 23),),
+        (("chunk", 50),),
+    ],
+    ids=str,
+)
+def test_short_groups(members: oracle.Members, head_dim: int, causal: bool) -> None:
+    n = 1101
+    x = random_inputs((1, 2, n, head_dim))
+    actual = run(x, to_pattern(members, causal))
+    masks = [oracle.mask(members, causal, n).cuda()] * 2
+    arguments = (x.q, x.k, x.v, masks, None, x.dout, x.dlse)
+    exact = oracle.attention(*arguments)
+    low = oracle.attention(*arguments, rounding=torch.float16)
+    assert_all_close(actual, exact, low)
+
+
 # Blocks.
 
 
 @pytest.mark.parametrize("block", [64, 128])
-@pytest.mark.parametrize("head_dims", [(64, 64), (64, 128), (128, 128)])
+@pytest.mark.parametrize(
+    "head_dims", [(32, 32), (64, 64), (64, 128), (96, 96), (128, 128), (256, 256)]
+)
 def test_neighbouring_blocks_attend_few_and_all(head_dims: tuple[int, int], block: int) -> None:
     """Warpgroups of one CTA pass over many tiles while others compute them."""
     n, blocks = 1600, -(-1600 // block)

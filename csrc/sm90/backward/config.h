@@ -39,21 +39,24 @@ struct Config {
   static constexpr bool kOwnsQueries = kSums == Sums::dq;  // else keys
   static constexpr bool kSumsDqOrDk = kSums != Sums::dv;
   static constexpr bool kSumsDv = kSums == Sums::dk_dv || kSums == Sums::dv;
+  static constexpr bool kNarrow = kHeadDim <= 32 && kHeadDimV <= 32;
   static constexpr bool kWide = kHeadDim + kHeadDimV > 256;
   static constexpr int kConsumers = 2;  // warpgroups that compute
   static constexpr int kTileOwn = kConsumers * kWarpgroupRows;
-  static constexpr int kTileStreamed = kWide ? 32 : 64;
+  static constexpr int kTileStreamed = kNarrow || kWide ? 32 : 64;
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kStages = kHeadDim + kHeadDimV <= 192 ? 4 : 2;  // streamed tiles in flight
   // The next own rows load while these are computed, where there is room for both.
   static constexpr int kOwnStages = kWide ? 1 : 2;
   // Whether the sums of a tile run beside the products of the next one: not where the registers of
   // the sums leave no room.
-  static constexpr bool kOverlapsSums = kHeadDim + kHeadDimV <= 192;
+  static constexpr bool kOverlapsSums = kNarrow ? kOwnsQueries : kHeadDim + kHeadDimV <= 192;
+  // Rows of 64 bytes, or of many boxes, come faster as copies of 128 threads than by tensor map.
+  static constexpr bool kByMap = !kNarrow && !kWide;
   // On a multiprocessor; then the registers of a lane that loads and of one that computes.
-  static constexpr int kCtas = 1;
-  static constexpr int kLoadRegisters = kWide ? 72 : 40;
-  static constexpr int kComputeRegisters = kWide ? 216 : 232;
+  static constexpr int kCtas = kNarrow ? 2 : 1;
+  static constexpr int kLoadRegisters = kNarrow ? 48 : kWide ? 72 : 40;
+  static constexpr int kComputeRegisters = kNarrow ? 96 : kWide ? 216 : 232;
   // What a CTA starts with is all there is to share.
   static constexpr int kRegisters = 65536 / (kCtas * kThreads) / 8 * 8;
   static_assert(kLoadRegisters + kConsumers * kComputeRegisters <= (1 + kConsumers) * kRegisters);

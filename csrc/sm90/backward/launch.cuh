@@ -34,12 +34,11 @@ void launch_config(const BackwardParams& params) {
   const Maps<typename Config::Own, typename Config::OwnV> own{params, Config::kOwnsQueries};
   const Maps<typename Config::Streamed, typename Config::StreamedV> streamed{params,
                                                                              !Config::kOwnsQueries};
-  // A wide row is several boxes of one thread, which take longer than the copies of 128. And tiles
-  // that end with a block must not show the rows after it, which maybe nothing attends.
-  const bool usable = !Config::kWide && branch.blocks.rows == nullptr;
+  // Tiles that end with a block must not show the rows after it, which maybe nothing attends.
+  const bool usable = Config::kByMap && branch.blocks.rows == nullptr;
   BackwardMaps maps;
-  maps.own = own.of(branch.queries, !Config::kWide);
-  maps.own_v = own.of_v(branch.queries, !Config::kWide);
+  maps.own = own.of(branch.queries, Config::kByMap);
+  maps.own_v = own.of_v(branch.queries, Config::kByMap);
   for (int i = 0; i < branch.segment_count; ++i) {
     maps.streamed[i] = streamed.of(branch.segments[i].keys, usable);
     maps.streamed_v[i] = streamed.of_v(branch.segments[i].keys, usable);
