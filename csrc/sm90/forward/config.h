@@ -17,6 +17,7 @@ struct ForwardMaps {
   ViewMap q;
   ViewMap k[kMaxSegments];
   ViewMap v[kMaxSegments];
+  bool some_copied;  // tiles that no map holds, copied by cp.async
 };
 
 // Few keys are bound by bytes and latency: two small CTAs a multiprocessor and tiles of 64 keys, of

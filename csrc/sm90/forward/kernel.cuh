@@ -90,7 +90,7 @@ __device__ __forceinline__ void load(SharedMemory& smem, const ForwardParams& pa
 // A warpgroup that computes the `number`-th 64 queries of every tile.
 template <class Config, class SharedMemory>
 __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams& params,
-                                        int number) {
+                                        const ForwardMaps& maps, int number) {
   using T = typename Config::Element;
   constexpr int kLaneRows = Config::Output::kLaneRows;
   const Branch& branch = params.branch;
@@ -129,7 +129,7 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
     };
     Place<Config::kKeyStages> weighed_place;  // of the tile whose weights are taken
     const auto start_scores = [&] {
-      ptx::fence_async_proxy();  // between cp.async and wgmma
+      ptx::fence_async_proxy_if(maps.some_copied);  // between cp.async and wgmma
       ptx::wgmma_fence();
       start_multiply_transposed<T>(scores, q_smem, smem.k[key_place.stage]);
     };
@@ -151,7 +151,7 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
       key_place.wait_full(smem.v_ring);
     };
     const auto start_sums = [&] {
-      ptx::fence_async_proxy();
+      ptx::fence_async_proxy_if(maps.some_copied);
       ptx::wgmma_fence();
       start_multiply_add<T>(out, weights, smem.v[weighed_place.stage]);
     };
@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
     if (threadIdx.x < 32) load<Config>(smem, params, tiles, maps);
   } else {
     ptx::take_registers<Config::kComputeRegisters>();
-    compute<Config>(smem, params, warpgroup - 1);
+    compute<Config>(smem, params, maps, warpgroup - 1);
   }
 }
 

@@ -18,12 +18,16 @@ void launch_reach(const ForwardParams& params) {
   ForwardMaps maps;
   maps.q = ViewMap::of(params.q, branch.queries, params.head_dim, params.heads, params.batch,
                        kWarpgroupRows, params.element, true);
+  maps.some_copied = !maps.q.holds_all(branch.queries, true);
   for (int i = 0; i < branch.segment_count; ++i) {
     const SequenceView& view = branch.segments[i].keys;
     maps.k[i] = ViewMap::of(params.k, view, params.head_dim, params.kv_heads, params.batch,
                             Config::kTileKeys, params.element, usable);
     maps.v[i] = ViewMap::of(params.v, view, params.head_dim_v, params.kv_heads, params.batch,
                             Config::kTileKeys, params.element, usable);
+    const bool from_first = branch.segments[i].part == Part::before;
+    maps.some_copied |=
+        !maps.k[i].holds_all(view, from_first) || !maps.v[i].holds_all(view, from_first);
   }
   launch_staying<Config>(
       forward_kernel<Config>, params,
