@@ -111,6 +111,8 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
     typename Config::Scores scores;
     Rounded<T, typename Config::Scores> weights;
     float shrink[kLaneRows];  // by which a tile's greater maxima shrink what is summed
+    bool shrinks;
+    bool summed = Config::kOverlap;  // few tiles: the first has nothing to shrink
     typename Config::Output out;
     out.clear();
     OnlineSoftmax<kLaneRows> softmax;
@@ -145,7 +147,7 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
                   minus_infinity());
       more = smem.tile[key_place.stage][number].more;
       key_place.arrive_empty(smem.k_ring);
-      softmax.update(scores, scale_log2, shrink);
+      shrinks = softmax.update_rarely(scores, scale_log2, shrink);
       ptx::pin(scores);
       // Here, not before the sums that need it: ptxas moves no later wait for wgmma above a loop.
       key_place.wait_full(smem.v_ring);
@@ -161,7 +163,10 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
       weighed_place.arrive_empty(smem.v_ring);
     };
     const auto take_weights = [&] {
-      out.for_each([&](float& element, int row, int) { element *= shrink[row]; });
+      if (shrinks && summed) {
+        out.for_each([&](float& element, int row, int) { element *= shrink[row]; });
+      }
+      summed = true;
       weights.round(scores);
       weighed_place = key_place;
       key_place.advance();
