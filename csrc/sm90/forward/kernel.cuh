@@ -37,7 +37,6 @@ __device__ __forceinline__ void load(SharedMemory& smem, const ForwardParams& pa
     uint64_t& full = smem.query_ring.full[stage];
     query_place.wait_empty(smem.query_ring);
     auto& attended_smem = smem.attended[stage];
-    find_attended<32>(attended_smem, branch, found);
     if (threadIdx.x == 0) smem.query_tile[stage] = found;
     __syncwarp();
     const QueryTile& queries = smem.query_tile[stage];  // read when needed: registers are scarce
@@ -48,6 +47,12 @@ __device__ __forceinline__ void load(SharedMemory& smem, const ForwardParams& pa
       q.template load<32>(smem.queries[stage].part[number].q, full, part.group, part.first_row,
                           part.first_row + part.rows);
     }
+    if constexpr (Config::kLoaderFinds) {
+      find_attended<32>(attended_smem, branch, queries);
+    } else {
+      find_ends(attended_smem, branch, queries);
+    }
+    __syncwarp();
     KeyWalk<Config::kTileKeys, Config::kTileQueries> walk(branch, queries, attended_smem);
     bool more = walk.next();
     if (threadIdx.x == 0) smem.any_keys[stage] = more;
@@ -116,7 +121,8 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
     typename Config::Output out;
     out.clear();
     OnlineSoftmax<kLaneRows> softmax;
-    bool more = smem.any_keys[stage];  // whether there is a tile at key_place
+    bool more = smem.any_keys[stage];   // whether there is a tile at key_place
+    bool found = Config::kLoaderFinds;  // what the queries attend
     const auto tile = [&]() -> const KeyTile& { return smem.tile[key_place.stage][number].tile; };
     const auto attends_tile = [&] {
       key_place.wait_full(smem.k_ring);
@@ -177,6 +183,8 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
         continue;
       }
       start_scores();
+      if (!found) find_between(attended_smem, first_row, branch, part);
+      found = true;
       ptx::wgmma_wait<0>();
       weigh();
       take_weights();
