@@ -16,6 +16,40 @@ __device__ __forceinline__ QueryTile part_of(const QueryTile& tile, int number) 
           greatest(least(tile.rows - first_row, kWarpgroupRows), 0)};
 }
 
+// What the first and the last query of each warpgroup attend: all that the walk needs, found by one
+// warp, so that the next tiles load soon.
+template <int kRows>
+__device__ __forceinline__ void find_ends(Interval (&attended_smem)[kMaxSegments][kRows],
+                                          const Branch& branch, const QueryTile& queries) {
+  constexpr int kEnds = 2 * kRows / kWarpgroupRows;
+  static_assert(kMaxSegments * kEnds <= 32, "a lane for each");
+  const int segment = threadIdx.x % 32 / kEnds, end = threadIdx.x % 32 % kEnds;
+  int row = end / 2 * kWarpgroupRows;
+  if (segment >= branch.segment_count || row >= queries.rows) return;
+  if (end % 2 == 1) row = least(row + kWarpgroupRows, queries.rows) - 1;
+  const int token = branch.queries.position(queries.group, queries.first_row + row);
+  attended_smem[segment][row] = branch.segments[segment].bounds(branch.run, queries.group, token);
+}
+
+// What the other queries of this warp attend, for its masks. The last row stands in for rows that
+// do not exist. `first_row`: of the warpgroup's rows.
+template <int kRows>
+__device__ __forceinline__ void find_between(Interval (&attended_smem)[kMaxSegments][kRows],
+                                             int first_row, const Branch& branch,
+                                             const QueryTile& part) {
+  const int warp_row = threadIdx.x / 32 % 4 * 16;
+#pragma unroll 1
+  for (int i = threadIdx.x % 32; i < 16 * branch.segment_count; i += 32) {
+    const int segment = i / 16, row = warp_row + i % 16;
+    if (row == 0 || row == part.rows - 1) continue;
+    const int token =
+        branch.queries.position(part.group, part.first_row + least(row, part.rows - 1));
+    attended_smem[segment][first_row + row] =
+        branch.segments[segment].bounds(branch.run, part.group, token);
+  }
+  __syncwarp();
+}
+
 // Which blocks of keys the queries of each warpgroup attend: lane i has the bits of the i-th, 32
 // blocks of keys at a time. Blocks are not smaller than a tile or the queries of a warpgroup.
 struct AttendedWord {

@@ -17,6 +17,7 @@ struct ForwardMaps {
   ViewMap q;
   ViewMap k[kMaxSegments];
   ViewMap v[kMaxSegments];
+  bool some_copied;  // tiles that no map holds, copied by cp.async
 };
 
 // Few keys are bound by bytes and latency: two small CTAs a multiprocessor and tiles of 64 keys, of
@@ -42,6 +43,9 @@ struct Config {
   static constexpr int kComputeRegisters = kConsumers == 3 ? 160 : kCtas == 2 ? 96 : 224;
   // The scores of a tile beside the sums of the one before: if there are registers for both.
   static constexpr bool kOverlap = kCtas == 1 || kHeadDimV <= 32;
+  // Who finds what each query attends: with two CTAs, warps that compute have no issue slots to
+  // spare.
+  static constexpr bool kLoaderFinds = kCtas == 2;
   // What a CTA starts with is all there is to share.
   static constexpr int kRegisters = 65536 / (kCtas * kThreads) / 8 * 8;
   static_assert(kLoadRegisters + kConsumers * kComputeRegisters <= (1 + kConsumers) * kRegisters);

@@ -37,7 +37,6 @@ __device__ __forceinline__ void load(SharedMemory& smem, const ForwardParams& pa
     uint64_t& full = smem.query_ring.full[stage];
     query_place.wait_empty(smem.query_ring);
     auto& attended_smem = smem.attended[stage];
-    find_attended<32>(attended_smem, branch, found);
     if (threadIdx.x == 0) smem.query_tile[stage] = found;
     __syncwarp();
     const QueryTile& queries = smem.query_tile[stage];  // read when needed: registers are scarce
@@ -48,6 +47,12 @@ __device__ __forceinline__ void load(SharedMemory& smem, const ForwardParams& pa
       q.template load<32>(smem.queries[stage].part[number].q, full, part.group, part.first_row,
                           part.first_row + part.rows);
     }
+    if constexpr (Config::kLoaderFinds) {
+      find_attended<32>(attended_smem, branch, queries);
+    } else {
+      find_ends(attended_smem, branch, queries);
+    }
+    __syncwarp();
     KeyWalk<Config::kTileKeys, Config::kTileQueries> walk(branch, queries, attended_smem);
     bool more = walk.next();
     if (threadIdx.x == 0) smem.any_keys[stage] = more;
@@ -90,7 +95,7 @@ __device__ __forceinline__ void load(SharedMemory& smem, const ForwardParams& pa
 // A warpgroup that computes the `number`-th 64 queries of every tile.
 template <class Config, class SharedMemory>
 __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams& params,
-                                        int number) {
+                                        const ForwardMaps& maps, int number) {
   using T = typename Config::Element;
   constexpr int kLaneRows = Config::Output::kLaneRows;
   const Branch& branch = params.branch;
@@ -111,10 +116,13 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
     typename Config::Scores scores;
     Rounded<T, typename Config::Scores> weights;
     float shrink[kLaneRows];  // by which a tile's greater maxima shrink what is summed
+    bool shrinks;
+    bool summed = Config::kOverlap;  // few tiles: the first has nothing to shrink
     typename Config::Output out;
     out.clear();
     OnlineSoftmax<kLaneRows> softmax;
-    bool more = smem.any_keys[stage];  // whether there is a tile at key_place
+    bool more = smem.any_keys[stage];   // whether there is a tile at key_place
+    bool found = Config::kLoaderFinds;  // what the queries attend
     const auto tile = [&]() -> const KeyTile& { return smem.tile[key_place.stage][number].tile; };
     const auto attends_tile = [&] {
       key_place.wait_full(smem.k_ring);
@@ -129,7 +137,7 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
     };
     Place<Config::kKeyStages> weighed_place;  // of the tile whose weights are taken
     const auto start_scores = [&] {
-      ptx::fence_async_proxy();  // between cp.async and wgmma
+      ptx::fence_async_proxy_if(maps.some_copied);  // between cp.async and wgmma
       ptx::wgmma_fence();
       start_multiply_transposed<T>(scores, q_smem, smem.k[key_place.stage]);
     };
@@ -148,13 +156,13 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
       }
       more = smem.tile[key_place.stage][number].more;
       key_place.arrive_empty(smem.k_ring);
-      softmax.update(scores, scale_log2, shrink);
+      shrinks = softmax.update_rarely(scores, scale_log2, shrink);
       ptx::pin(scores);
       // Here, not before the sums that need it: ptxas moves no later wait for wgmma above a loop.
       key_place.wait_full(smem.v_ring);
     };
     const auto start_sums = [&] {
-      ptx::fence_async_proxy();
+      ptx::fence_async_proxy_if(maps.some_copied);
       ptx::wgmma_fence();
       start_multiply_add<T>(out, weights, smem.v[weighed_place.stage]);
     };
@@ -164,7 +172,10 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
       weighed_place.arrive_empty(smem.v_ring);
     };
     const auto take_weights = [&] {
-      out.for_each([&](float& element, int row, int) { element *= shrink[row]; });
+      if (shrinks && summed) {
+        out.for_each([&](float& element, int row, int) { element *= shrink[row]; });
+      }
+      summed = true;
       weights.round(scores);
       weighed_place = key_place;
       key_place.advance();
@@ -175,6 +186,8 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
         continue;
       }
       start_scores();
+      if (!found) find_between(attended_smem, first_row, branch, part);
+      found = true;
       ptx::wgmma_wait<0>();
       weigh();
       take_weights();
@@ -249,7 +262,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
     if (threadIdx.x < 32) load<Config>(smem, params, tiles, maps);
   } else {
     ptx::take_registers<Config::kComputeRegisters>();
-    compute<Config>(smem, params, warpgroup - 1);
+    compute<Config>(smem, params, maps, warpgroup - 1);
   }
 }
 

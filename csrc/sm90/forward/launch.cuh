@@ -12,19 +12,23 @@ template <class T, int kHeadDim, int kHeadDimV, Reach kReach>
 void launch_reach(const ForwardParams& params) {
   using Config = Config<T, kHeadDim, kHeadDimV, kReach>;
   const Branch& branch = params.branch;
-  // A map shows the rows after a tile's end too. Tiles that divide a block end with it, so that no
-  // keys appear that maybe no query attends.
   const bool has_blocks = branch.blocks.rows != nullptr;
-  const bool usable = !has_blocks || branch.blocks.size % Config::kTileKeys == 0;
+  // Then a tile ends with its block, and shows no key that maybe no query attends.
+  REQUIRE(!has_blocks || branch.blocks.size % Config::kTileKeys == 0,
+          "a block must hold whole tiles");
   ForwardMaps maps;
   maps.q = ViewMap::of<typename Config::QueryPart>(
       params.q, branch.queries, params.head_dim, params.heads, params.batch, params.element, true);
+  maps.some_copied = !maps.q.holds_all(branch.queries, true);
   for (int i = 0; i < branch.segment_count; ++i) {
     const SequenceView& view = branch.segments[i].keys;
     maps.k[i] = ViewMap::of<typename Config::Keys>(params.k, view, params.head_dim, params.kv_heads,
-                                                   params.batch, params.element, usable);
+                                                   params.batch, params.element, true);
     maps.v[i] = ViewMap::of<typename Config::Values>(
-        params.v, view, params.head_dim_v, params.kv_heads, params.batch, params.element, usable);
+        params.v, view, params.head_dim_v, params.kv_heads, params.batch, params.element, true);
+    const bool from_first = branch.segments[i].part == Part::before;
+    maps.some_copied |=
+        !maps.k[i].holds_all(view, from_first) || !maps.v[i].holds_all(view, from_first);
   }
   launch_staying<Config>(
       forward_kernel<Config>, params,
