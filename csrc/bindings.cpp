@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "attention/cover.h"
+#include "attention/short_groups.h"
 #include "params.h"
 #include "sm90/backward_band/fits.h"
 #if SPARSE_ATTN_CUDA
@@ -301,7 +302,8 @@ PYBIND11_MODULE(_C, module) {
       .def(py::init(&make_branch), py::arg("queries"), py::arg("run"), py::arg("segments"),
            py::arg("block"))
       .def("with_blocks", &with_blocks, py::kw_only(), py::arg("rows"), py::arg("words"),
-           py::arg("head_stride"));
+           py::arg("head_stride"))
+      .def("with_short_groups_together", &with_short_groups_together, py::arg("tile_rows"));
   module.def("cover", &cover_bytes, py::arg("branches"), py::arg("length"), py::arg("tile_queries"),
              py::arg("tile_keys"));
   module.def("sums_at_once", &sm90::backward_band::fits, py::arg("branch"));

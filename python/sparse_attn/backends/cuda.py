@@ -100,7 +100,7 @@ def unsupported_by_sm90(q: AnyTensor, v: AnyTensor, pattern: Pattern) -> str | N
     if capability != _HOPPER:
         return "the GPU has compute capability {}.{}, they need 9.0".format(*capability)
     if not native().sm90_fits(q.shape[3], v.shape[3]):
-        return f"they have no pair as close to head_dim {q.shape[3]}, head_dim_v {v.shape[3]}"
+        return f"they have no pair for head_dim {q.shape[3]}, head_dim_v {v.shape[3]}"
     if isinstance(pattern, BlockSparse) and pattern.block < _LEAST_BLOCK_SM90:
         return f"the blocks are of {pattern.block} tokens, they take {_LEAST_BLOCK_SM90} or more"
     return None
