@@ -400,7 +400,7 @@ def test_one_native_call_for_a_backward_pass(recorder: Recorder) -> None:
     assert addresses[1:6] == tuple(x.data_ptr() for x in (q, k, v, out, lse))
     assert addresses[8] == dq.data_ptr() and addresses[9] != dk.data_ptr()
     assert addresses[11:] == (0, 0, 77)
-    owners = [(x["first_head"], x["head_count"], x["keys_own"]) for x in launches]
+    owners = [(x["first_head"], x["head_count"], x["owner"]) for x in launches]
     expected = [(0, 1), (1, 1), (2, 2)]
-    assert owners == [(*heads, keys) for heads in expected for keys in (False, True)]
+    assert owners == [(*heads, keys) for heads in expected for keys in (cuda._QUERIES, cuda._KEYS)]
     assert all(x["heads_together"] == 1 for x in launches)

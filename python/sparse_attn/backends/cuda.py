@@ -333,8 +333,7 @@ def _backward_launches(
     no other, no memory. The bool says whether there must be some.
     """
     sizes = _sizes(q, k, v)
-    narrow = max(q.shape[3], v.shape[3]) <= native().most_head_dim_at_once
-    at_once = sm90 and group == 1 and narrow
+    at_once = sm90 and group == 1 and max(q.shape[3], v.shape[3]) <= native().most_head_dim_at_once
     ranges = [
         (heads, _gradient_launches(pattern, q.shape[2], layout_heads, at_once))
         for heads, pattern in _head_ranges(rule, q.shape[1])
