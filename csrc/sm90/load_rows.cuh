@@ -75,11 +75,18 @@ struct Rows {
                       first_row / map.run, head, batch, full);
       }
     } else {
-      for_each_row<Tile, kThreads>(
-          view, group, first_row, end_row - first_row, [&](int row, int64_t token, bool exists) {
-            load_row(tile_smem, row, gmem + token * row_stride, head_dim, exists);
-          });
+      copy<kThreads>(tile_smem, group, first_row, end_row);
     }
+  }
+
+  // Likewise, never with the map.
+  template <int kThreads, class Tile>
+  __device__ __forceinline__ void copy(Tile& tile_smem, int group, int first_row,
+                                       int end_row) const {
+    for_each_row<Tile, kThreads>(
+        view, group, first_row, end_row - first_row, [&](int row, int64_t token, bool exists) {
+          load_row(tile_smem, row, gmem + token * row_stride, head_dim, exists);
+        });
   }
 };
 

@@ -65,6 +65,17 @@ __device__ __forceinline__ void load_stats(Stats<kRows>& stats_smem, const RowSt
   }
 }
 
+// Starts loading rows [first_row, end_row) of a group.
+template <class Config, class T, class Tile>
+__device__ __forceinline__ void load_rows(Tile& tile_smem, const Rows<T>& rows, uint64_t& full,
+                                          int group, int first_row, int end_row) {
+  if constexpr (Config::kByMap) {
+    rows.template load<128>(tile_smem, full, group, first_row, end_row);
+  } else {
+    rows.template copy<128>(tile_smem, group, first_row, end_row);
+  }
+}
+
 // The warpgroup that loads.
 template <class Config, class SharedMemory>
 __device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& params,
@@ -100,9 +111,9 @@ __device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& p
       const QueryTile part = part_of(own, number);
       const auto load_own = [&](auto& tile_smem, const ViewMap& map, const TensorView& tensor,
                                 int head_dim) {
-        Rows<T>(map, branch.queries, tensor, head_dim, own.batch, own_head)
-            .template load<128>(tile_smem, smem.own_ring.full[stage], part.group, part.first_row,
-                                part.first_row + part.rows);
+        const Rows<T> rows(map, branch.queries, tensor, head_dim, own.batch, own_head);
+        load_rows<Config>(tile_smem, rows, smem.own_ring.full[stage], part.group, part.first_row,
+                          part.first_row + part.rows);
       };
       auto& part_smem = smem.own[stage].part[number];
       load_own(part_smem.own, maps.own, own_view, params.head_dim);
@@ -130,9 +141,9 @@ __device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& p
       const int head = kOwnsQueries ? kv_head : tile.head;
       const auto load_streamed = [&](auto& tile_smem, const ViewMap& map, const TensorView& tensor,
                                      int head_dim) {
-        Rows<T>(map, view, tensor, head_dim, own.batch, head)
-            .template load<128>(tile_smem, smem.ring.full[place.stage], own.group, tile.first_row,
-                                tile.end_row);
+        const Rows<T> rows(map, view, tensor, head_dim, own.batch, head);
+        load_rows<Config>(tile_smem, rows, smem.ring.full[place.stage], own.group, tile.first_row,
+                          tile.end_row);
       };
       place.wait_empty(smem.ring);
       if (threadIdx.x < Config::kConsumers) {
@@ -359,7 +370,9 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
     sync();
     if constexpr (Config::kSumsDqOrDk) store(part_smem.own, target, params.head_dim);
     if constexpr (Config::kSumsDv) store(part_smem.own_v, params.dv, params.head_dim_v);
-    ptx::fence_async_proxy();  // between these stores and the next own rows
+    if constexpr (Config::kByMap) {
+      ptx::fence_async_proxy();  // between these stores and the next own rows
+    }
     own_place.arrive_empty(smem.own_ring);
     own_place.advance();
   }
