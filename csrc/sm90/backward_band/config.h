@@ -20,7 +20,9 @@ constexpr int kStatsWarps = 2;
 struct Band {
   int16_t first[kTileRows];
   int16_t end[kTileRows];
-  int rows;  // keys that exist; the band of others is empty
+  // Bit 4 i + j, of the i-th 64 keys and the j-th 64 queries from the tile's first on: whether any
+  // pair is attended; 8 bits on: whether a key lacks the first queries; 16 bits on: the last.
+  uint32_t seen;
 };
 
 // Of some queries.

@@ -153,6 +153,19 @@ __device__ __forceinline__ void load_queries(SharedMemory& smem, const BackwardP
   }
 }
 
+// Band::seen, by a warp.
+__device__ __forceinline__ uint32_t seen_parts(const Band& band, int rows) {
+  const int lane = threadIdx.x % 8;
+  const int first_key = lane / 4 * kWarpgroupRows, first = lane % 4 * kWarpgroupRows;
+  const int keys = least(rows - first_key, kWarpgroupRows), last_key = first_key + keys - 1;
+  const int last = first + kWarpgroupRows;
+  const bool exists = keys > 0;
+  const auto bits = [](bool bit) { return __ballot_sync(0xffffffff, bit) & 0xff; };
+  return bits(exists && band.first[first_key] < last && band.end[last_key] > first) |
+         bits(exists && first < band.first[last_key]) << 8 |
+         bits(exists && (last > band.end[first_key] || keys < kWarpgroupRows)) << 16;
+}
+
 // The warp that loads keys and values, and finds which queries attend them.
 template <class Config, class SharedMemory>
 __device__ __forceinline__ void load_keys(SharedMemory& smem, const BackwardParams& params,
@@ -196,7 +209,8 @@ __device__ __forceinline__ void load_keys(SharedMemory& smem, const BackwardPara
         band.first[row] = static_cast<int16_t>(queries.first - tile.first_row);
         band.end[row] = static_cast<int16_t>(queries.end - tile.first_row);
       }
-      if (lane == 0) band.rows = tile.rows;
+      __syncwarp();
+      band.seen = seen_parts(band, tile.rows);
       arrive_loaded(k_full);
       if (params.accumulate) {
         prefetch_rows<T>(params.dk, view, tile, params.head_dim);
@@ -218,6 +232,7 @@ __device__ __forceinline__ void find_stats(SharedMemory& smem, const BackwardPar
   constexpr int kVectors = Config::kHeadDimV / 64;  // of a lane in a row
   constexpr int kRowsAtOnce = 4 / kVectors;         // of a lane
   constexpr int kWarpRows = kWarpgroupRows / kStatsWarps;
+  static_assert(kWarpRows == 32, "a lane finishes a row");
   const SequenceView& view = params.branch.queries;
   const int lane = threadIdx.x % 32;
   const bool finds = params.out.data != nullptr;
@@ -230,60 +245,64 @@ __device__ __forceinline__ void find_stats(SharedMemory& smem, const BackwardPar
 #pragma unroll 1
     for (int number = 0; number < step.parts; ++number) {
       const QueryTile part = part_of(step.tile, number);
-      const int64_t head = static_cast<int64_t>(part.batch) * params.heads + part.head;
-      const T* out_gmem = head_gmem<const T>(params.out, part.batch, part.head);
       Stats& stats = smem.stats[place.stage];
-      auto& dout_smem = smem.dout[place.stage];
-      place.wait_full(smem.query_ring);
-#pragma unroll 1
-      for (int i = 0; i < kWarpRows; i += 4 * kRowsAtOnce) {
-        const int first_row = warp * kWarpRows + i + lane / 8;
-        uint4 out[kRowsAtOnce][kVectors];
-#pragma unroll
-        for (int j = 0; j < kRowsAtOnce; ++j) {
-          const int row = first_row + 4 * j;
-          const int64_t token = view.position(part.group, part.first_row + row);
-#pragma unroll
-          for (int k = 0; k < kVectors; ++k) {
-            const int column = k * 64 + lane % 8 * 8;
-            out[j][k] = {};
-            if (finds && row < part.rows && column < params.head_dim_v) {
-              out[j][k] = *reinterpret_cast<const uint4*>(out_gmem + token * params.out.row_stride +
-                                                          column);
-            }
-          }
-        }
-#pragma unroll
-        for (int j = 0; j < kRowsAtOnce; ++j) {
-          const int row = first_row + 4 * j;
-          float delta = 0.f;
-#pragma unroll
-          for (int k = 0; k < kVectors; ++k) {
-            delta += dot<T>(out[j][k],
-                            *reinterpret_cast<const uint4*>(dout_smem.at(row, k * 8 + lane % 8)));
-          }
-#pragma unroll
-          for (int distance = 4; distance > 0; distance /= 2) {
-            delta += __shfl_xor_sync(0xffffffff, delta, distance);
-          }
-          if (lane % 8 != 0) continue;
-          RowStats found = {0.f, 0.f};
-          if (row < part.rows) {
-            const int64_t index =
-                head * params.seq_q + view.position(part.group, part.first_row + row);
-            if (finds) {
-              const float lse = params.lse[index];
-              if (params.dlse != nullptr) delta -= params.dlse[index];
-              const bool empty = lse == minus_infinity();  // dlse may be anything there
-              found = empty ? RowStats{-minus_infinity(), 0.f} : RowStats{lse * kLog2E, delta};
-              if (params.stats != nullptr) params.stats[index] = found;
-            } else {
-              found = params.stats[index];
-            }
-          }
-          stats.lse_log2[row] = found.lse_log2, stats.delta[row] = found.delta;
-        }
+      const int own_row = warp * kWarpRows + lane;
+      const bool own_exists = own_row < part.rows;
+      const int64_t index =
+          (static_cast<int64_t>(part.batch) * params.heads + part.head) * params.seq_q +
+          view.position(part.group, part.first_row + own_row);
+      RowStats found = {0.f, 0.f};
+      if (own_exists && finds) {
+        found.lse_log2 = params.lse[index] * kLog2E;
+        if (params.dlse != nullptr) found.delta = -params.dlse[index];
+      } else if (own_exists) {
+        found = params.stats[index];
       }
+      place.wait_full(smem.query_ring);
+      if (finds) {
+        const T* out_gmem = head_gmem<const T>(params.out, part.batch, part.head);
+#pragma unroll 1
+        for (int i = 0; i < kWarpRows; i += 4 * kRowsAtOnce) {
+          const int first_row = warp * kWarpRows + i + lane / 8;
+          uint4 out[kRowsAtOnce][kVectors];
+#pragma unroll
+          for (int j = 0; j < kRowsAtOnce; ++j) {
+            const int row = first_row + 4 * j;
+            const int64_t token = view.position(part.group, part.first_row + row);
+#pragma unroll
+            for (int k = 0; k < kVectors; ++k) {
+              const int column = k * 64 + lane % 8 * 8;
+              out[j][k] = {};
+              if (row < part.rows && column < params.head_dim_v) {
+                out[j][k] = *reinterpret_cast<const uint4*>(out_gmem +
+                                                            token * params.out.row_stride + column);
+              }
+            }
+          }
+#pragma unroll
+          for (int j = 0; j < kRowsAtOnce; ++j) {
+            const int row = first_row + 4 * j;
+            float delta = 0.f;
+#pragma unroll
+            for (int k = 0; k < kVectors; ++k) {
+              auto* dout = smem.dout[place.stage].at(row, k * 8 + lane % 8);
+              delta += dot<T>(out[j][k], *reinterpret_cast<const uint4*>(dout));
+            }
+#pragma unroll
+            for (int distance = 4; distance > 0; distance /= 2) {
+              delta += __shfl_xor_sync(0xffffffff, delta, distance);
+            }
+            if (lane % 8 == 0) stats.delta[row] = delta;
+          }
+        }
+        __syncwarp();
+        found.delta += stats.delta[own_row];
+        if (found.lse_log2 == minus_infinity()) found = {-minus_infinity(), 0.f};  // not dlse
+        if (own_exists && params.stats != nullptr) params.stats[index] = found;
+        __syncwarp();
+      }
+      stats.lse_log2[own_row] = found.lse_log2;
+      stats.delta[own_row] = found.delta;
       place.arrive_full(smem.stats_ring);
       place.arrive_empty(smem.query_ring);
       place.advance();
@@ -328,15 +347,8 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
   typename Config::GradientK gradient_k;  // over scale
   typename Config::GradientV gradient_v;
 
-  // Whether queries [first, first + 64), counted from the first key of a tile, attend a part of it.
-  const auto attended = [&](const Band& band, int part, int first) {
-    const int first_key = part * kWarpgroupRows;
-    const int keys = least(band.rows - first_key, kWarpgroupRows);
-    return keys > 0 && band.first[first_key] < first + kWarpgroupRows &&
-           band.end[first_key + keys - 1] > first;
-  };
   // Sums this warpgroup's keys over one part of queries.
-  const auto sum_part = [&](int key_stage, int first, int slot) {
+  const auto sum_part = [&](int key_stage, uint32_t seen, int first, int slot) {
     const int query_stage = query_place.stage;
     const Stats& stats = smem.stats[query_stage];
     Scores weights, dscores;
@@ -349,25 +361,20 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
     weights.for_each([&](float& weight, int, int column) {
       weight = ptx::exp2(weight * scale_log2 - stats.lse_log2[column]);
     });
-    const Band& band = smem.band[key_stage];
-    const int first_key = number * kWarpgroupRows;
-    const int keys = band.rows - first_key;
     // Most are cut at one end only.
+    const Band& band = smem.band[key_stage];
+    const int first_key = number * kWarpgroupRows + warp_row;
     int bound[kLaneRows];
-    if (first < band.first[first_key + least(keys, kWarpgroupRows) - 1]) {
+    if (seen >> 8 & 1) {
 #pragma unroll
-      for (int i = 0; i < kLaneRows; ++i) {
-        bound[i] = band.first[first_key + warp_row + Scores::row(i)] - first;
-      }
+      for (int i = 0; i < kLaneRows; ++i) bound[i] = band.first[first_key + Scores::row(i)] - first;
       weights.for_each([&](float& weight, int row, int column) {
         if (column < bound[row]) weight = 0.f;
       });
     }
-    if (first + kWarpgroupRows > band.end[first_key] || keys < kWarpgroupRows) {
+    if (seen >> 16 & 1) {
 #pragma unroll
-      for (int i = 0; i < kLaneRows; ++i) {
-        bound[i] = band.end[first_key + warp_row + Scores::row(i)] - first;
-      }
+      for (int i = 0; i < kLaneRows; ++i) bound[i] = band.end[first_key + Scores::row(i)] - first;
       weights.for_each([&](float& weight, int row, int column) {
         if (column >= bound[row]) weight = 0.f;
       });
@@ -404,11 +411,14 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
     gradient_q.clear();
     dscores_place.arrive_full(smem.dscores_ring);
     dscores_place.wait_full(smem.dscores_ring);
+    const uint32_t back_seen = step.back ? smem.band[back_place.stage].seen : 0;
+    const uint32_t own_seen = smem.band[own_place.stage].seen;
 #pragma unroll 1
-    for (int keys = step.back ? 0 : 2; keys < 4; ++keys) {
-      const int stage = keys < 2 ? back_place.stage : own_place.stage;
-      const int first = (keys < 2 ? kTileRows : 0) + part * kWarpgroupRows;
-      if (!attended(smem.band[stage], keys % 2, first)) continue;
+    for (int keys = 0; keys < 4; ++keys) {
+      const bool own = keys >= 2;
+      const uint32_t seen = own ? own_seen : back_seen;
+      if (!(seen >> (4 * (keys % 2) + (own ? 0 : kParts) + part) & 1)) continue;
+      const int stage = own ? own_place.stage : back_place.stage;
       ptx::wgmma_fence();
       start_multiply_add_across<T>(gradient_q, smem.dscores[slot_of(part, keys)],
                                    smem.k[stage][keys % 2], number * kColumns);
@@ -452,9 +462,11 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
 #pragma unroll 1
       for (int part = 0; part < step.parts; ++part) {
         query_place.wait_full(smem.query_ring);
-        const int first = (own ? 0 : kTileRows) + part * kWarpgroupRows;
-        if (attended(smem.band[key_place.stage], number, first)) {
-          sum_part(key_place.stage, first, slot_of(part, 2 * own + number));
+        const int queries = (own ? 0 : kParts) + part;  // from the keys' tile on
+        const uint32_t seen = smem.band[key_place.stage].seen >> (4 * number + queries);
+        if (seen & 1) {
+          sum_part(key_place.stage, seen, queries * kWarpgroupRows,
+                   slot_of(part, 2 * own + number));
         }
         if (own) {
           query_place.wait_full(smem.stats_ring);  // dout is read no more
