@@ -88,8 +88,8 @@ struct BackwardParams {
   TensorView dk;
   TensorView dv;
   RowStats* stats;  // (batch, heads, seq_q)
-  // If both own: to find the statistics here, and to leave them in `stats` unless it is null.
-  // Null: they are in `stats`.
+  // If both own and the kernel finds_stats: to find the statistics here, and to leave them in
+  // `stats` unless it is null. Null: they are in `stats`.
   TensorView out;     // (batch, heads, seq_q, head_dim_v)
   const float* lse;   // (batch, heads, seq_q)
   const float* dlse;  // likewise; may be null

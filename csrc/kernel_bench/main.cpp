@@ -94,8 +94,12 @@ void run_backward(const PlanFile& plan, const Tensors& tensors, Kernels kernels,
   if (at_once) {
     params.owner = Owner::both;
     params.heads_together = 1;
-    params.out = tensors.view(tensors.out, tensors.heads, tensors.head_dim_v);
-    params.lse = tensors.lse.data();
+    if (sm90::backward_band::finds_stats(tensors.head_dim, tensors.head_dim_v)) {
+      params.out = tensors.view(tensors.out, tensors.heads, tensors.head_dim_v);
+      params.lse = tensors.lse.data();
+    } else {
+      run_row_stats(tensors, device);
+    }
     for (const Branch& branch : plan.transposed) {
       params.branch = branch;
       backward(params);

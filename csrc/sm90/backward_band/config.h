@@ -2,6 +2,8 @@
 // Constants and shared memory of the Hopper backward kernel of bands.
 #pragma once
 
+#include <type_traits>
+
 #include "attention/register_tile.cuh"
 #include "attention/shared_tile.cuh"
 #include "params.h"
@@ -31,6 +33,8 @@ struct alignas(16) Stats {
   float delta[kWarpgroupRows];
 };
 
+struct Nothing {};
+
 // A tile of queries beside the keys of the tile before, and of its own rows.
 struct Step {
   QueryTile tile;   // no row: the last step
@@ -49,8 +53,10 @@ struct Config {
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kColumns = kHeadDim + kHeadDimV;
   static constexpr int kKeyStages = kColumns <= 128 ? 3 : 2;                          // of 128
-  static constexpr int kQueryStages = kColumns <= 128 ? 5 : kColumns <= 192 ? 3 : 2;  // of 64
+  static constexpr int kQueryStages = kColumns <= 128 ? 4 : kColumns <= 192 ? 3 : 2;  // of 64
   static constexpr int kStepStages = 4;
+  static constexpr bool kFindsStats = finds_stats(kHeadDim, kHeadDimV);
+  static constexpr int kOutStages = 3;  // of 64
   // Registers of a lane that loads and of one that computes.
   static constexpr int kLoadRegisters = 40;
   static constexpr int kComputeRegisters = 232;
@@ -73,11 +79,13 @@ struct Config {
     PartV dout[kQueryStages];
     // Gradients of scores, keys by queries; `slot_of` tells where.
     SharedTile<T, kWarpgroupRows, kWarpgroupRows> dscores[4];
+    std::conditional_t<kFindsStats, PartV, Nothing> out[kOutStages];
     Stats stats[kQueryStages];
     Band band[kKeyStages];
     Step step[kStepStages];
     RingBarriers<kKeyStages> k_ring, v_ring;
     RingBarriers<kQueryStages> query_ring, stats_ring;
+    RingBarriers<kOutStages> out_ring;
     RingBarriers<kStepStages> step_ring;
     RingBarriers<1> dscores_ring;
   };

@@ -21,7 +21,7 @@
 namespace sparse_attn::sm90::backward_band {
 
 struct Maps {
-  ViewMap q, k, v, dout;
+  ViewMap q, k, v, dout, out;
 };
 
 __device__ __forceinline__ int kv_head_of(const BackwardParams& params, int head) {
@@ -123,6 +123,7 @@ __device__ __forceinline__ void load_queries(SharedMemory& smem, const BackwardP
   using T = typename Config::Element;
   const SequenceView& view = params.branch.queries;
   Place<Config::kQueryStages> place;
+  Place<Config::kOutStages> out_place;
   Place<Config::kStepStages> step_place;
   Steps steps(tiles);
   while (true) {
@@ -136,6 +137,16 @@ __device__ __forceinline__ void load_queries(SharedMemory& smem, const BackwardP
 #pragma unroll 1
     for (int number = 0; number < step.parts; ++number) {
       const QueryTile part = part_of(step.tile, number);
+      if constexpr (Config::kFindsStats) {
+        if (params.out.data != nullptr) {
+          uint64_t& out_full = smem.out_ring.full[out_place.stage];
+          out_place.wait_empty(smem.out_ring);
+          load_part<T>(smem.out[out_place.stage], out_full, maps.out, view, params.out,
+                       params.head_dim_v, part.head, part);
+          arrive_loaded(out_full);
+          out_place.advance();
+        }
+      }
       uint64_t& full = smem.query_ring.full[place.stage];
       place.wait_empty(smem.query_ring);
       load_part<T>(smem.q[place.stage], full, maps.q, view, params.q, params.head_dim, part.head,
@@ -143,9 +154,6 @@ __device__ __forceinline__ void load_queries(SharedMemory& smem, const BackwardP
       load_part<T>(smem.dout[place.stage], full, maps.dout, view, params.dout, params.head_dim_v,
                    part.head, part);
       arrive_loaded(full);
-      if (params.out.data != nullptr) {  // for find_stats
-        prefetch_rows<T>(params.out, view, part, params.head_dim_v);
-      }
       if (params.accumulate) prefetch_rows<T>(params.dq, view, part, params.head_dim);
       place.advance();
     }
@@ -223,20 +231,18 @@ __device__ __forceinline__ void load_keys(SharedMemory& smem, const BackwardPara
   }
 }
 
-// The warps that find delta = rowsum(dout * out) - dlse and the lse in units of log 2, or copy what
-// was found before. Eight lanes share a row.
+// The warps that find delta = rowsum(dout * out) - dlse and the lse in units of log 2, a query a
+// lane, or copy what was found before.
 template <class Config, class SharedMemory>
 __device__ __forceinline__ void find_stats(SharedMemory& smem, const BackwardParams& params,
                                            int warp) {
   using T = typename Config::Element;
-  constexpr int kVectors = Config::kHeadDimV / 64;  // of a lane in a row
-  constexpr int kRowsAtOnce = 4 / kVectors;         // of a lane
-  constexpr int kWarpRows = kWarpgroupRows / kStatsWarps;
-  static_assert(kWarpRows == 32, "a lane finishes a row");
+  static_assert(kStatsWarps * 32 == kWarpgroupRows);
   const SequenceView& view = params.branch.queries;
-  const int lane = threadIdx.x % 32;
-  const bool finds = params.out.data != nullptr;
+  const int row = warp * 32 + threadIdx.x % 32;
+  const bool finds = Config::kFindsStats && params.out.data != nullptr;
   Place<Config::kQueryStages> place;
+  Place<Config::kOutStages> out_place;
   Place<Config::kStepStages> step_place;
   while (true) {
     step_place.wait_full(smem.step_ring);
@@ -245,64 +251,36 @@ __device__ __forceinline__ void find_stats(SharedMemory& smem, const BackwardPar
 #pragma unroll 1
     for (int number = 0; number < step.parts; ++number) {
       const QueryTile part = part_of(step.tile, number);
-      Stats& stats = smem.stats[place.stage];
-      const int own_row = warp * kWarpRows + lane;
-      const bool own_exists = own_row < part.rows;
-      const int64_t index =
-          (static_cast<int64_t>(part.batch) * params.heads + part.head) * params.seq_q +
-          view.position(part.group, part.first_row + own_row);
+      const bool exists = row < part.rows;
+      const int64_t head = static_cast<int64_t>(part.batch) * params.heads + part.head;
+      const int64_t index = head * params.seq_q + view.position(part.group, part.first_row + row);
       RowStats found = {0.f, 0.f};
-      if (own_exists && finds) {
+      if (exists && finds) {
         found.lse_log2 = params.lse[index] * kLog2E;
         if (params.dlse != nullptr) found.delta = -params.dlse[index];
-      } else if (own_exists) {
+      } else if (exists) {
         found = params.stats[index];
       }
       place.wait_full(smem.query_ring);
-      if (finds) {
-        const T* out_gmem = head_gmem<const T>(params.out, part.batch, part.head);
-#pragma unroll 1
-        for (int i = 0; i < kWarpRows; i += 4 * kRowsAtOnce) {
-          const int first_row = warp * kWarpRows + i + lane / 8;
-          uint4 out[kRowsAtOnce][kVectors];
-#pragma unroll
-          for (int j = 0; j < kRowsAtOnce; ++j) {
-            const int row = first_row + 4 * j;
-            const int64_t token = view.position(part.group, part.first_row + row);
-#pragma unroll
-            for (int k = 0; k < kVectors; ++k) {
-              const int column = k * 64 + lane % 8 * 8;
-              out[j][k] = {};
-              if (row < part.rows && column < params.head_dim_v) {
-                out[j][k] = *reinterpret_cast<const uint4*>(out_gmem +
-                                                            token * params.out.row_stride + column);
-              }
-            }
+      if constexpr (Config::kFindsStats) {
+        if (finds) {
+          out_place.wait_full(smem.out_ring);
+#pragma unroll 2
+          for (int vector = 0; vector < Config::kHeadDimV / 8; ++vector) {
+            const auto read = [&](auto& tile_smem) {
+              return *reinterpret_cast<const uint4*>(tile_smem.at(row, vector));
+            };
+            found.delta += dot<T>(read(smem.out[out_place.stage]), read(smem.dout[place.stage]));
           }
-#pragma unroll
-          for (int j = 0; j < kRowsAtOnce; ++j) {
-            const int row = first_row + 4 * j;
-            float delta = 0.f;
-#pragma unroll
-            for (int k = 0; k < kVectors; ++k) {
-              auto* dout = smem.dout[place.stage].at(row, k * 8 + lane % 8);
-              delta += dot<T>(out[j][k], *reinterpret_cast<const uint4*>(dout));
-            }
-#pragma unroll
-            for (int distance = 4; distance > 0; distance /= 2) {
-              delta += __shfl_xor_sync(0xffffffff, delta, distance);
-            }
-            if (lane % 8 == 0) stats.delta[row] = delta;
-          }
+          out_place.arrive_empty(smem.out_ring);
+          out_place.advance();
+          // A query with no key, whose dlse may be anything.
+          if (found.lse_log2 == minus_infinity()) found = {-minus_infinity(), 0.f};
+          if (exists && params.stats != nullptr) params.stats[index] = found;
         }
-        __syncwarp();
-        found.delta += stats.delta[own_row];
-        if (found.lse_log2 == minus_infinity()) found = {-minus_infinity(), 0.f};  // not dlse
-        if (own_exists && params.stats != nullptr) params.stats[index] = found;
-        __syncwarp();
       }
-      stats.lse_log2[own_row] = found.lse_log2;
-      stats.delta[own_row] = found.delta;
+      smem.stats[place.stage].lse_log2[row] = found.lse_log2;
+      smem.stats[place.stage].delta[row] = found.delta;
       place.arrive_full(smem.stats_ring);
       place.arrive_empty(smem.query_ring);
       place.advance();
@@ -523,6 +501,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     smem.v_ring.init(32, kWarps);
     smem.query_ring.init(32, kWarps + kStatsWarps);
     smem.stats_ring.init(kStatsWarps, 1);  // emptied with the queries
+    smem.out_ring.init(32, kStatsWarps);
     smem.step_ring.init(1, kWarps + kStatsWarps + 1);
     smem.dscores_ring.init(kWarps, kWarps);
     ptx::fence_mbarrier_init();

@@ -15,12 +15,13 @@ void launch(const BackwardParams& params) {
   if (tiles.count == 0) return;
   const auto map = [&](const TensorView& tensor, int head_dim, int heads) {
     return ViewMap::of(tensor, view, head_dim, heads, params.batch, kWarpgroupRows, params.element,
-                       true);
+                       tensor.data != nullptr);
   };
   const Maps maps = {map(params.q, params.head_dim, params.heads),
                      map(params.k, params.head_dim, params.kv_heads),
                      map(params.v, params.head_dim_v, params.kv_heads),
-                     map(params.dout, params.head_dim_v, params.heads)};
+                     map(params.dout, params.head_dim_v, params.heads),
+                     map(params.out, params.head_dim_v, params.heads)};
   int multiprocessors = 0;
   CHECK_CUDA(
       cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, params.device));

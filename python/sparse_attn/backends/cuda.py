@@ -179,8 +179,10 @@ def backward(
         "dlse": 0 if dlse is None else dlse.data_ptr(),
     }
     no_stats = {"out": (0, 0, 0, 0), "lse": 0, "dlse": 0}
-    # A kernel that sums all gradients finds the statistics on the way, for those after it too.
-    found = all(owner == _BOTH for (owner, _, _), *_ in launches)
+    # A kernel that sums all gradients may find the statistics on the way, for those after it too.
+    found = native().finds_stats(q.shape[3], v.shape[3]) and all(
+        owner == _BOTH for (owner, _, _), *_ in launches
+    )
     needed = not found or any(len(head_launches) > 1 for head_launches in launches)
     stats = lse.new_empty((*lse.shape, 2)) if needed else None
     stats_address = 0 if stats is None else stats.data_ptr()
