@@ -56,14 +56,12 @@ __device__ __forceinline__ uint64_t moved(uint64_t operand, int bytes) {
 
 // Accumulators of eight columns, and of all; `c`: "+f", or "=f" where they are only written.
 #define SUM_8(c, j) c(sum.at[0][j][0]), c(sum.at[0][j][1]), c(sum.at[0][j][2]), c(sum.at[0][j][3])
-#define SUM_32(c) SUM_8(c, 0), SUM_8(c, 1), SUM_8(c, 2), SUM_8(c, 3)
 #define SUM_64(c)                                                                            \
   SUM_8(c, 0), SUM_8(c, 1), SUM_8(c, 2), SUM_8(c, 3), SUM_8(c, 4), SUM_8(c, 5), SUM_8(c, 6), \
       SUM_8(c, 7)
 #define SUM_128(c)                                                                             \
   SUM_64(c), SUM_8(c, 8), SUM_8(c, 9), SUM_8(c, 10), SUM_8(c, 11), SUM_8(c, 12), SUM_8(c, 13), \
       SUM_8(c, 14), SUM_8(c, 15)
-#define NAMES_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define NAMES_64                                                                               \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
   "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -128,9 +126,9 @@ DEFINE_TRANSPOSED(128, "%64, %65, p, 1, 1, 0, 0")
 DEFINE_ADD(64, "{%32, %33, %34, %35}, %36, p, 1, 1, 1")
 DEFINE_ADD(128, "{%64, %65, %66, %67}, %68, p, 1, 1, 1")
 
-// sum += a^T b: 16 rows of a, of 64 columns, and of b, of 32 or 64.
-DEFINE_ADD_ACROSS(32, "%16, %17, p, 1, 1, 1, 1")
+// sum += a^T b: 16 rows of a, of 64 columns, and of b, of 64 or 128.
 DEFINE_ADD_ACROSS(64, "%32, %33, p, 1, 1, 1, 1")
+DEFINE_ADD_ACROSS(128, "%64, %65, p, 1, 1, 1, 1")
 
 #undef DEFINE_ADD_ACROSS
 #undef DEFINE_ADD
@@ -138,10 +136,8 @@ DEFINE_ADD_ACROSS(64, "%32, %33, p, 1, 1, 1, 1")
 #undef WGMMA
 #undef NAMES_128
 #undef NAMES_64
-#undef NAMES_32
 #undef SUM_128
 #undef SUM_64
-#undef SUM_32
 #undef SUM_8
 
 }  // namespace sparse_attn::ptx

@@ -382,12 +382,10 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
     keep(rounded_dscores);
   };
 
-  // dq of a part of queries: this warpgroup's columns of the sum over all keys.
+  // dq of a part of queries, over all keys.
   const auto sum_queries = [&](const Step& step, int part) {
-    constexpr int kColumns = Config::GradientQ::kColumns;
     typename Config::GradientQ gradient_q;
     gradient_q.clear();
-    dscores_place.arrive_full(smem.dscores_ring);
     dscores_place.wait_full(smem.dscores_ring);
     const uint32_t back_seen = step.back ? smem.band[back_place.stage].seen : 0;
     const uint32_t own_seen = smem.band[own_place.stage].seen;
@@ -399,19 +397,17 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
       const int stage = own ? own_place.stage : back_place.stage;
       ptx::wgmma_fence();
       start_multiply_add_across<T>(gradient_q, smem.dscores[slot_of(part, keys)],
-                                   smem.k[stage][keys % 2], number * kColumns);
-      ptx::wgmma_commit();
+                                   smem.k[stage][keys % 2]);
     }
     ptx::wgmma_wait<0>();
     ptx::pin(gradient_q);
     dscores_place.arrive_empty(smem.dscores_ring);
-    dscores_place.advance();
+    query_place.wait_full(smem.stats_ring);  // dout is read no more
     const Target target = {
-        params.dq,         branch.queries,  step.tile,        part * kWarpgroupRows + warp_row,
-        number * kColumns, params.head_dim, params.accumulate};
-    const Outgoing<T, typename Config::GradientQ> dq(gradient_q, params.scale,
-                                                     smem.dout[query_place.stage], warp_row,
-                                                     number * (kColumns / 8), target);
+        params.dq, branch.queries,  step.tile,        part * kWarpgroupRows + warp_row,
+        0,         params.head_dim, params.accumulate};
+    const Outgoing<T, typename Config::GradientQ> dq(
+        gradient_q, params.scale, smem.dout[query_place.stage], warp_row, 0, target);
     ptx::fence_async_proxy();  // between shared memory and the next queries; before the stores
     query_place.arrive_empty(smem.query_ring);
     dq.store(target);
@@ -447,11 +443,16 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
                    slot_of(part, 2 * own + number));
         }
         if (own) {
-          query_place.wait_full(smem.stats_ring);  // dout is read no more
+          dscores_place.wait_empty(
+              smem.dscores_ring);  // lest this arrival count for the part before
+          dscores_place.arrive_full(smem.dscores_ring);
+        }
+        if (own && part == number) {
           sum_queries(step, part);
         } else if (last) {
           query_place.arrive_empty(smem.query_ring);
         }
+        if (own) dscores_place.advance();
         query_place.advance();
       }
       if (last && step.back) back_place.arrive_empty(smem.k_ring);
@@ -503,7 +504,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     smem.stats_ring.init(kStatsWarps, 1);  // emptied with the queries
     smem.out_ring.init(32, kStatsWarps);
     smem.step_ring.init(1, kWarps + kStatsWarps + 1);
-    smem.dscores_ring.init(kWarps, kWarps);
+    smem.dscores_ring.init(kWarps, 4);  // one warpgroup sums dq
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
