@@ -67,7 +67,7 @@ struct Config {
   using Scores = RegisterTile<16, kWarpgroupRows>;  // of a warp: keys, queries
   using GradientK = RegisterTile<16, kHeadDim>;
   using GradientV = RegisterTile<16, kHeadDimV>;
-  using GradientQ = GradientK;
+  using GradientQ = RegisterTile<16, kHeadDim>;
 
   using Part = SharedTile<T, kWarpgroupRows, kHeadDim>;
   using PartV = SharedTile<T, kWarpgroupRows, kHeadDimV>;

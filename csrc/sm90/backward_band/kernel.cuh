@@ -3,12 +3,11 @@
 // 128 rows and of the one before, at most. All gradients at once, every tensor read once.
 //
 // A CTA takes tiles one after another: those of groups that fit one, or a run of neighbours. Two
-// warps load, two find delta; two warpgroups own 64 keys of a tile each, sum dk and dv in registers
-// and share dq.
-// README.md in this folder has the schedule and the counts.
+// warps load, two find delta; two warpgroups own 64 keys of a tile each, whose dk and dv they sum
+// in registers, and sum dq of 64 queries each. README.md in this folder has the schedule and the
+// counts.
 #pragma once
 
-#include "attention/mask.cuh"
 #include "attention/softmax.cuh"
 #include "ptx/ldmatrix.cuh"
 #include "ptx/registers.cuh"
@@ -32,8 +31,8 @@ __device__ __forceinline__ QueryTile tile_before(const QueryTile& tile) {
   return {tile.batch, tile.head, tile.group, tile.first_row - kTileRows, kTileRows};
 }
 
-// Of 64 rows.
-__device__ __forceinline__ int step_parts(const QueryTile& tile) {
+// Of at most 64 rows.
+__device__ __forceinline__ int parts_of(const QueryTile& tile) {
   return tile.rows > kWarpgroupRows ? 2 : 1;
 }
 
@@ -78,7 +77,7 @@ struct Steps {
       const bool back = tile.first_row > 0, begins = first;
       first = false;
       keeps_own = own && walks && tile.first_row + kTileRows < view.max_rows;
-      return {tile, step_parts(tile), back, back && begins, own, keeps_own};
+      return {tile, parts_of(tile), back, back && begins, own, keeps_own};
     }
     return {};
   }
@@ -195,7 +194,7 @@ __device__ __forceinline__ void load_keys(SharedMemory& smem, const BackwardPara
       uint64_t& v_full = smem.v_ring.full[place.stage];
       place.wait_empty(smem.v_ring);
 #pragma unroll 1
-      for (int number = 0; number < step_parts(tile); ++number) {
+      for (int number = 0; number < parts_of(tile); ++number) {
         load_part<T>(smem.v[place.stage][number], v_full, maps.v, view, params.v, params.head_dim_v,
                      kv_head, part_of(tile, number));
       }
@@ -205,7 +204,7 @@ __device__ __forceinline__ void load_keys(SharedMemory& smem, const BackwardPara
       Band& band = smem.band[place.stage];
       place.wait_empty(smem.k_ring);
 #pragma unroll 1
-      for (int number = 0; number < step_parts(tile); ++number) {
+      for (int number = 0; number < parts_of(tile); ++number) {
         load_part<T>(smem.k[place.stage][number], k_full, maps.k, view, params.k, params.head_dim,
                      kv_head, part_of(tile, number));
       }
@@ -290,9 +289,9 @@ __device__ __forceinline__ void find_stats(SharedMemory& smem, const BackwardPar
   }
 }
 
-// Where the gradients of scores of a part of queries and a part of keys are: those of the tile
-// before are 0 and 1, its own 2 and 3. Queries attend at most three of these, and the first part of
-// keys only with the first part of queries, or all four are not there.
+// Where dS of a part of queries and a part of keys is: keys of the tile before are 0 and 1, its own
+// 2 and 3. With keys of the tile before, the first queries do not attend 3, the others not 0: no
+// two pairs of a step meet in a slot before its first dq. A slot has one writer.
 __device__ __forceinline__ int slot_of(int part, int keys) {
   return part == 0 ? keys : (keys + 2) % 4;
 }
@@ -403,11 +402,11 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
     ptx::pin(gradient_q);
     dscores_place.arrive_empty(smem.dscores_ring);
     query_place.wait_full(smem.stats_ring);  // dout is read no more
-    const Target target = {
-        params.dq, branch.queries,  step.tile,        part * kWarpgroupRows + warp_row,
-        0,         params.head_dim, params.accumulate};
+    const Target target = {params.dq,       branch.queries,
+                           step.tile,       part * kWarpgroupRows + warp_row,
+                           params.head_dim, params.accumulate};
     const Outgoing<T, typename Config::GradientQ> dq(
-        gradient_q, params.scale, smem.dout[query_place.stage], warp_row, 0, target);
+        gradient_q, params.scale, smem.dout[query_place.stage], warp_row, target);
     ptx::fence_async_proxy();  // between shared memory and the next queries; before the stores
     query_place.arrive_empty(smem.query_ring);
     dq.store(target);
@@ -443,8 +442,8 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
                    slot_of(part, 2 * own + number));
         }
         if (own) {
-          dscores_place.wait_empty(
-              smem.dscores_ring);  // lest this arrival count for the part before
+          // After the dq before, lest this arrival count for that part.
+          dscores_place.wait_empty(smem.dscores_ring);
           dscores_place.arrive_full(smem.dscores_ring);
         }
         if (own && part == number) {
@@ -461,7 +460,7 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
       if (own || !step.loads_back) {
         const QueryTile tile = own ? step.tile : tile_before(step.tile);
         const auto target = [&](const TensorView& tensor, int head_dim) -> Target {
-          return {tensor,   branch.queries,   tile, number * kWarpgroupRows + warp_row, 0,
+          return {tensor,   branch.queries,   tile, number * kWarpgroupRows + warp_row,
                   head_dim, params.accumulate};
         };
         const Target target_k = target(params.dk, params.head_dim);
@@ -469,8 +468,8 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
         auto& v_smem = smem.v[key_place.stage][number];
         sync();  // no warp's wgmma reads these values any more
         const Outgoing<T, typename Config::GradientK> dk(gradient_k, params.scale, v_smem, warp_row,
-                                                         0, target_k);
-        const Outgoing<T, typename Config::GradientV> dv(gradient_v, 1.f, v_smem, warp_row, 0,
+                                                         target_k);
+        const Outgoing<T, typename Config::GradientV> dv(gradient_v, 1.f, v_smem, warp_row,
                                                          target_v);
         ptx::fence_async_proxy();  // before the stores, for which it would wait
         key_place.arrive_empty(smem.v_ring);
