@@ -89,6 +89,7 @@ void run_backward(const PlanFile& plan, const Tensors& tensors, Kernels kernels,
   params.stats = tensors.stats.data();
   const bool at_once =
       kernels == Kernels::sm90 && tensors.heads == tensors.kv_heads &&
+      std::max(tensors.head_dim, tensors.head_dim_v) <= sm90::backward_band::kMostHeadDim &&
       plan.branches.size() == plan.transposed.size() &&
       std::all_of(plan.transposed.begin(), plan.transposed.end(), sm90::backward_band::fits);
   if (at_once) {
@@ -96,11 +97,13 @@ void run_backward(const PlanFile& plan, const Tensors& tensors, Kernels kernels,
     params.heads_together = 1;
     params.out = tensors.view(tensors.out, tensors.heads, tensors.head_dim_v);
     params.lse = tensors.lse.data();
+    params.finds_stats = sm90::backward_band::finds_stats(tensors.head_dim, tensors.head_dim_v);
+    if (!params.finds_stats) run_row_stats(tensors, device);
     for (const Branch& branch : plan.transposed) {
       params.branch = branch;
       backward(params);
       params.accumulate = true;
-      params.out = {};  // the first has left the statistics
+      params.finds_stats = false;  // the first has left them
     }
     return;
   }

@@ -73,21 +73,19 @@ __device__ __forceinline__ void start_multiply_add(Sum& sum, const Rounded<T, Ti
   ptx::wgmma_commit();
 }
 
-// Starts sum += a^T b, for the columns of b from `first_column` on; without a commit.
+// Starts sum += a^T b.
 template <class T, class Sum, class TileA, class TileB>
 __device__ __forceinline__ void start_multiply_add_across(Sum& sum, const TileA& a_smem,
-                                                          const TileB& b_smem, int first_column) {
+                                                          const TileB& b_smem) {
   static_assert(TileA::kColumns == 64 && TileA::kRows == TileB::kRows);
-  static_assert(TileB::kPanelColumns == 64 && Sum::kColumns <= 64, "columns of one panel");
-  const uint64_t a = operand(a_smem);
-  const uint64_t b =
-      ptx::moved(operand(b_smem),
-                 (first_column / 64 * TileB::kPanelElements + first_column % 64) * int{sizeof(T)});
+  static_assert(TileB::kColumns == Sum::kColumns && TileB::kPanelColumns == 64);
+  const uint64_t a = operand(a_smem), b = operand(b_smem);
 #pragma unroll
   for (int row = 0; row < TileA::kRows; row += 16) {
     const int bytes = row * 64 * int{sizeof(T)};
     ptx::wgmma_add_across<T>(sum, ptx::moved(a, bytes), ptx::moved(b, bytes));
   }
+  ptx::wgmma_commit();
 }
 
 }  // namespace sparse_attn::sm90

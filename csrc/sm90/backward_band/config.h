@@ -2,6 +2,8 @@
 // Constants and shared memory of the Hopper backward kernel of bands.
 #pragma once
 
+#include <type_traits>
+
 #include "attention/register_tile.cuh"
 #include "attention/shared_tile.cuh"
 #include "params.h"
@@ -20,7 +22,9 @@ constexpr int kStatsWarps = 2;
 struct Band {
   int16_t first[kTileRows];
   int16_t end[kTileRows];
-  int rows;  // keys that exist; the band of others is empty
+  // Bit 4 i + j, of the i-th 64 keys and the j-th 64 queries from the tile's first on: whether any
+  // pair is attended; 8 bits on: whether a key lacks the first queries; 16 bits on: the last.
+  uint32_t seen;
 };
 
 // Of some queries.
@@ -28,6 +32,8 @@ struct alignas(16) Stats {
   float lse_log2[kWarpgroupRows];
   float delta[kWarpgroupRows];
 };
+
+struct Nothing {};
 
 // A tile of queries beside the keys of the tile before, and of its own rows.
 struct Step {
@@ -47,8 +53,10 @@ struct Config {
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kColumns = kHeadDim + kHeadDimV;
   static constexpr int kKeyStages = kColumns <= 128 ? 3 : 2;                          // of 128
-  static constexpr int kQueryStages = kColumns <= 128 ? 5 : kColumns <= 192 ? 3 : 2;  // of 64
+  static constexpr int kQueryStages = kColumns <= 128 ? 4 : kColumns <= 192 ? 3 : 2;  // of 64
   static constexpr int kStepStages = 4;
+  static constexpr bool kFindsStats = finds_stats(kHeadDim, kHeadDimV);
+  static constexpr int kOutStages = 3;  // of 64
   // Registers of a lane that loads and of one that computes.
   static constexpr int kLoadRegisters = 40;
   static constexpr int kComputeRegisters = 232;
@@ -59,7 +67,7 @@ struct Config {
   using Scores = RegisterTile<16, kWarpgroupRows>;  // of a warp: keys, queries
   using GradientK = RegisterTile<16, kHeadDim>;
   using GradientV = RegisterTile<16, kHeadDimV>;
-  using GradientQ = RegisterTile<16, kHeadDim / kConsumers>;  // of a warpgroup: some columns
+  using GradientQ = RegisterTile<16, kHeadDim>;
 
   using Part = SharedTile<T, kWarpgroupRows, kHeadDim>;
   using PartV = SharedTile<T, kWarpgroupRows, kHeadDimV>;
@@ -71,11 +79,13 @@ struct Config {
     PartV dout[kQueryStages];
     // Gradients of scores, keys by queries; `slot_of` tells where.
     SharedTile<T, kWarpgroupRows, kWarpgroupRows> dscores[4];
+    std::conditional_t<kFindsStats, PartV, Nothing> out[kOutStages];
     Stats stats[kQueryStages];
     Band band[kKeyStages];
     Step step[kStepStages];
     RingBarriers<kKeyStages> k_ring, v_ring;
     RingBarriers<kQueryStages> query_ring, stats_ring;
+    RingBarriers<kOutStages> out_ring;
     RingBarriers<kStepStages> step_ring;
     RingBarriers<1> dscores_ring;
   };

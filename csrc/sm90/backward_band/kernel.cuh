@@ -3,9 +3,9 @@
 // 128 rows and of the one before, at most. All gradients at once, every tensor read once.
 //
 // A CTA takes tiles one after another: those of groups that fit one, or a run of neighbours. Two
-// warps load, two find delta; two warpgroups own 64 keys of a tile each, sum dk and dv in registers
-// and share dq.
-// README.md in this folder has the schedule and the counts.
+// warps load, two find delta; two warpgroups own 64 keys of a tile each, whose dk and dv they sum
+// in registers, and sum dq of 64 queries each. README.md in this folder has the schedule and the
+// counts.
 #pragma once
 
 #include "attention/mask.cuh"
@@ -21,7 +21,7 @@
 namespace sparse_attn::sm90::backward_band {
 
 struct Maps {
-  ViewMap q, k, v, dout;
+  ViewMap q, k, v, dout, out;
 };
 
 __device__ __forceinline__ int kv_head_of(const BackwardParams& params, int head) {
@@ -32,8 +32,8 @@ __device__ __forceinline__ QueryTile tile_before(const QueryTile& tile) {
   return {tile.batch, tile.head, tile.group, tile.first_row - kTileRows, kTileRows};
 }
 
-// Of 64 rows.
-__device__ __forceinline__ int step_parts(const QueryTile& tile) {
+// Of at most 64 rows.
+__device__ __forceinline__ int parts_of(const QueryTile& tile) {
   return tile.rows > kWarpgroupRows ? 2 : 1;
 }
 
@@ -78,7 +78,7 @@ struct Steps {
       const bool back = tile.first_row > 0, begins = first;
       first = false;
       keeps_own = own && walks && tile.first_row + kTileRows < view.max_rows;
-      return {tile, step_parts(tile), back, back && begins, own, keeps_own};
+      return {tile, parts_of(tile), back, back && begins, own, keeps_own};
     }
     return {};
   }
@@ -123,6 +123,7 @@ __device__ __forceinline__ void load_queries(SharedMemory& smem, const BackwardP
   using T = typename Config::Element;
   const SequenceView& view = params.branch.queries;
   Place<Config::kQueryStages> place;
+  Place<Config::kOutStages> out_place;
   Place<Config::kStepStages> step_place;
   Steps steps(tiles);
   while (true) {
@@ -136,6 +137,16 @@ __device__ __forceinline__ void load_queries(SharedMemory& smem, const BackwardP
 #pragma unroll 1
     for (int number = 0; number < step.parts; ++number) {
       const QueryTile part = part_of(step.tile, number);
+      if constexpr (Config::kFindsStats) {
+        if (params.finds_stats) {
+          uint64_t& out_full = smem.out_ring.full[out_place.stage];
+          out_place.wait_empty(smem.out_ring);
+          load_part<T>(smem.out[out_place.stage], out_full, maps.out, view, params.out,
+                       params.head_dim_v, part.head, part);
+          arrive_loaded(out_full);
+          out_place.advance();
+        }
+      }
       uint64_t& full = smem.query_ring.full[place.stage];
       place.wait_empty(smem.query_ring);
       load_part<T>(smem.q[place.stage], full, maps.q, view, params.q, params.head_dim, part.head,
@@ -143,14 +154,24 @@ __device__ __forceinline__ void load_queries(SharedMemory& smem, const BackwardP
       load_part<T>(smem.dout[place.stage], full, maps.dout, view, params.dout, params.head_dim_v,
                    part.head, part);
       arrive_loaded(full);
-      if (params.finds_stats) {  // for find_stats
-        prefetch_rows<T>(params.out, view, part, params.head_dim_v);
-      }
       if (params.accumulate) prefetch_rows<T>(params.dq, view, part, params.head_dim);
       place.advance();
     }
     step_place.advance();
   }
+}
+
+// Band::seen, by a warp.
+__device__ __forceinline__ uint32_t seen_parts(const Band& band, int rows) {
+  const int lane = threadIdx.x % 8;
+  const int first_key = lane / 4 * kWarpgroupRows, first = lane % 4 * kWarpgroupRows;
+  const int keys = least(rows - first_key, kWarpgroupRows), last_key = first_key + keys - 1;
+  const int last = first + kWarpgroupRows;
+  const bool exists = keys > 0;
+  const auto bits = [](bool bit) { return __ballot_sync(0xffffffff, bit) & 0xff; };
+  return bits(exists && band.first[first_key] < last && band.end[last_key] > first) |
+         bits(exists && first < band.first[last_key]) << 8 |
+         bits(exists && (last > band.end[first_key] || keys < kWarpgroupRows)) << 16;
 }
 
 // The warp that loads keys and values, and finds which queries attend them.
@@ -174,7 +195,7 @@ __device__ __forceinline__ void load_keys(SharedMemory& smem, const BackwardPara
       uint64_t& v_full = smem.v_ring.full[place.stage];
       place.wait_empty(smem.v_ring);
 #pragma unroll 1
-      for (int number = 0; number < step_parts(tile); ++number) {
+      for (int number = 0; number < parts_of(tile); ++number) {
         load_part<T>(smem.v[place.stage][number], v_full, maps.v, view, params.v, params.head_dim_v,
                      kv_head, part_of(tile, number));
       }
@@ -184,7 +205,7 @@ __device__ __forceinline__ void load_keys(SharedMemory& smem, const BackwardPara
       Band& band = smem.band[place.stage];
       place.wait_empty(smem.k_ring);
 #pragma unroll 1
-      for (int number = 0; number < step_parts(tile); ++number) {
+      for (int number = 0; number < parts_of(tile); ++number) {
         load_part<T>(smem.k[place.stage][number], k_full, maps.k, view, params.k, params.head_dim,
                      kv_head, part_of(tile, number));
       }
@@ -196,7 +217,8 @@ __device__ __forceinline__ void load_keys(SharedMemory& smem, const BackwardPara
         band.first[row] = static_cast<int16_t>(queries.first - tile.first_row);
         band.end[row] = static_cast<int16_t>(queries.end - tile.first_row);
       }
-      if (lane == 0) band.rows = tile.rows;
+      __syncwarp();
+      band.seen = seen_parts(band, tile.rows);
       arrive_loaded(k_full);
       if (params.accumulate) {
         prefetch_rows<T>(params.dk, view, tile, params.head_dim);
@@ -209,19 +231,18 @@ __device__ __forceinline__ void load_keys(SharedMemory& smem, const BackwardPara
   }
 }
 
-// The warps that find delta = rowsum(dout * out) - dlse and the lse in units of log 2, or copy what
-// was found before. Eight lanes share a row.
+// The warps that find delta = rowsum(dout * out) - dlse and the lse in units of log 2, a query a
+// lane, or copy what was found before.
 template <class Config, class SharedMemory>
 __device__ __forceinline__ void find_stats(SharedMemory& smem, const BackwardParams& params,
                                            int warp) {
   using T = typename Config::Element;
-  constexpr int kVectors = Config::kHeadDimV / 64;  // of a lane in a row
-  constexpr int kRowsAtOnce = 4 / kVectors;         // of a lane
-  constexpr int kWarpRows = kWarpgroupRows / kStatsWarps;
+  static_assert(kStatsWarps * 32 == kWarpgroupRows);
   const SequenceView& view = params.branch.queries;
-  const int lane = threadIdx.x % 32;
-  const bool finds = params.finds_stats;
+  const int row = warp * 32 + threadIdx.x % 32;
+  const bool finds = Config::kFindsStats && params.finds_stats;
   Place<Config::kQueryStages> place;
+  Place<Config::kOutStages> out_place;
   Place<Config::kStepStages> step_place;
   while (true) {
     step_place.wait_full(smem.step_ring);
@@ -230,60 +251,36 @@ __device__ __forceinline__ void find_stats(SharedMemory& smem, const BackwardPar
 #pragma unroll 1
     for (int number = 0; number < step.parts; ++number) {
       const QueryTile part = part_of(step.tile, number);
+      const bool exists = row < part.rows;
       const int64_t head = static_cast<int64_t>(part.batch) * params.heads + part.head;
-      const T* out_gmem = head_gmem<const T>(params.out, part.batch, part.head);
-      Stats& stats = smem.stats[place.stage];
-      auto& dout_smem = smem.dout[place.stage];
+      const int64_t index = head * params.seq_q + view.position(part.group, part.first_row + row);
+      RowStats found = {0.f, 0.f};
+      if (exists && finds) {
+        found.lse_log2 = params.lse[index] * kLog2E;
+        if (params.dlse != nullptr) found.delta = -params.dlse[index];
+      } else if (exists) {
+        found = params.stats[index];
+      }
       place.wait_full(smem.query_ring);
-#pragma unroll 1
-      for (int i = 0; i < kWarpRows; i += 4 * kRowsAtOnce) {
-        const int first_row = warp * kWarpRows + i + lane / 8;
-        uint4 out[kRowsAtOnce][kVectors];
-#pragma unroll
-        for (int j = 0; j < kRowsAtOnce; ++j) {
-          const int row = first_row + 4 * j;
-          const int64_t token = view.position(part.group, part.first_row + row);
-#pragma unroll
-          for (int k = 0; k < kVectors; ++k) {
-            const int column = k * 64 + lane % 8 * 8;
-            out[j][k] = {};
-            if (finds && row < part.rows && column < params.head_dim_v) {
-              out[j][k] = *reinterpret_cast<const uint4*>(out_gmem + token * params.out.row_stride +
-                                                          column);
-            }
+      if constexpr (Config::kFindsStats) {
+        if (finds) {
+          out_place.wait_full(smem.out_ring);
+#pragma unroll 2
+          for (int vector = 0; vector < Config::kHeadDimV / 8; ++vector) {
+            const auto read = [&](auto& tile_smem) {
+              return *reinterpret_cast<const uint4*>(tile_smem.at(row, vector));
+            };
+            found.delta += dot<T>(read(smem.out[out_place.stage]), read(smem.dout[place.stage]));
           }
-        }
-#pragma unroll
-        for (int j = 0; j < kRowsAtOnce; ++j) {
-          const int row = first_row + 4 * j;
-          float delta = 0.f;
-#pragma unroll
-          for (int k = 0; k < kVectors; ++k) {
-            delta += dot<T>(out[j][k],
-                            *reinterpret_cast<const uint4*>(dout_smem.at(row, k * 8 + lane % 8)));
-          }
-#pragma unroll
-          for (int distance = 4; distance > 0; distance /= 2) {
-            delta += __shfl_xor_sync(0xffffffff, delta, distance);
-          }
-          if (lane % 8 != 0) continue;
-          RowStats found = {0.f, 0.f};
-          if (row < part.rows) {
-            const int64_t index =
-                head * params.seq_q + view.position(part.group, part.first_row + row);
-            if (finds) {
-              const float lse = params.lse[index];
-              if (params.dlse != nullptr) delta -= params.dlse[index];
-              const bool empty = lse == minus_infinity();  // dlse may be anything there
-              found = empty ? RowStats{-minus_infinity(), 0.f} : RowStats{lse * kLog2E, delta};
-              if (params.stats != nullptr) params.stats[index] = found;
-            } else {
-              found = params.stats[index];
-            }
-          }
-          stats.lse_log2[row] = found.lse_log2, stats.delta[row] = found.delta;
+          out_place.arrive_empty(smem.out_ring);
+          out_place.advance();
+          // A query with no key, whose dlse may be anything.
+          if (found.lse_log2 == minus_infinity()) found = {-minus_infinity(), 0.f};
+          if (exists && params.stats != nullptr) params.stats[index] = found;
         }
       }
+      smem.stats[place.stage].lse_log2[row] = found.lse_log2;
+      smem.stats[place.stage].delta[row] = found.delta;
       place.arrive_full(smem.stats_ring);
       place.arrive_empty(smem.query_ring);
       place.advance();
@@ -293,9 +290,9 @@ __device__ __forceinline__ void find_stats(SharedMemory& smem, const BackwardPar
   }
 }
 
-// Where the gradients of scores of a part of queries and a part of keys are: those of the tile
-// before are 0 and 1, its own 2 and 3. Queries attend at most three of these, and the first part of
-// keys only with the first part of queries, or all four are not there.
+// Where dS of a part of queries and a part of keys is: keys of the tile before are 0 and 1, its own
+// 2 and 3. With keys of the tile before, the first queries do not attend 3, the others not 0: no
+// two pairs of a step meet in a slot before its first dq. A slot has one writer.
 __device__ __forceinline__ int slot_of(int part, int keys) {
   return part == 0 ? keys : (keys + 2) % 4;
 }
@@ -328,15 +325,8 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
   typename Config::GradientK gradient_k;  // over scale
   typename Config::GradientV gradient_v;
 
-  // Whether queries [first, first + 64), counted from the first key of a tile, attend a part of it.
-  const auto attended = [&](const Band& band, int part, int first) {
-    const int first_key = part * kWarpgroupRows;
-    const int keys = least(band.rows - first_key, kWarpgroupRows);
-    return keys > 0 && band.first[first_key] < first + kWarpgroupRows &&
-           band.end[first_key + keys - 1] > first;
-  };
   // Sums this warpgroup's keys over one part of queries.
-  const auto sum_part = [&](int key_stage, int first, int slot) {
+  const auto sum_part = [&](int key_stage, uint32_t seen, int first, int slot) {
     const int query_stage = query_place.stage;
     const Stats& stats = smem.stats[query_stage];
     Scores weights, dscores;
@@ -349,25 +339,20 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
     weights.for_each([&](float& weight, int, int column) {
       weight = ptx::exp2(weight * scale_log2 - stats.lse_log2[column]);
     });
-    const Band& band = smem.band[key_stage];
-    const int first_key = number * kWarpgroupRows;
-    const int keys = band.rows - first_key;
     // Most are cut at one end only.
+    const Band& band = smem.band[key_stage];
+    const int first_key = number * kWarpgroupRows + warp_row;
     int bound[kLaneRows];
-    if (first < band.first[first_key + least(keys, kWarpgroupRows) - 1]) {
+    if (seen >> 8 & 1) {
 #pragma unroll
-      for (int i = 0; i < kLaneRows; ++i) {
-        bound[i] = band.first[first_key + warp_row + Scores::row(i)] - first;
-      }
+      for (int i = 0; i < kLaneRows; ++i) bound[i] = band.first[first_key + Scores::row(i)] - first;
       weights.for_each([&](float& weight, int row, int column) {
         if (column < bound[row]) weight = 0.f;
       });
     }
-    if (first + kWarpgroupRows > band.end[first_key] || keys < kWarpgroupRows) {
+    if (seen >> 16 & 1) {
 #pragma unroll
-      for (int i = 0; i < kLaneRows; ++i) {
-        bound[i] = band.end[first_key + warp_row + Scores::row(i)] - first;
-      }
+      for (int i = 0; i < kLaneRows; ++i) bound[i] = band.end[first_key + Scores::row(i)] - first;
       weights.for_each([&](float& weight, int row, int column) {
         if (column >= bound[row]) weight = 0.f;
       });
@@ -398,33 +383,32 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
     keep(rounded_dscores);
   };
 
-  // dq of a part of queries: this warpgroup's columns of the sum over all keys.
+  // dq of a part of queries, over all keys.
   const auto sum_queries = [&](const Step& step, int part) {
-    constexpr int kColumns = Config::GradientQ::kColumns;
     typename Config::GradientQ gradient_q;
     gradient_q.clear();
-    dscores_place.arrive_full(smem.dscores_ring);
     dscores_place.wait_full(smem.dscores_ring);
+    const uint32_t back_seen = step.back ? smem.band[back_place.stage].seen : 0;
+    const uint32_t own_seen = smem.band[own_place.stage].seen;
 #pragma unroll 1
-    for (int keys = step.back ? 0 : 2; keys < 4; ++keys) {
-      const int stage = keys < 2 ? back_place.stage : own_place.stage;
-      const int first = (keys < 2 ? kTileRows : 0) + part * kWarpgroupRows;
-      if (!attended(smem.band[stage], keys % 2, first)) continue;
+    for (int keys = 0; keys < 4; ++keys) {
+      const bool own = keys >= 2;
+      const uint32_t seen = own ? own_seen : back_seen;
+      if (!(seen >> (4 * (keys % 2) + (own ? 0 : kParts) + part) & 1)) continue;
+      const int stage = own ? own_place.stage : back_place.stage;
       ptx::wgmma_fence();
       start_multiply_add_across<T>(gradient_q, smem.dscores[slot_of(part, keys)],
-                                   smem.k[stage][keys % 2], number * kColumns);
-      ptx::wgmma_commit();
+                                   smem.k[stage][keys % 2]);
     }
     ptx::wgmma_wait<0>();
     ptx::pin(gradient_q);
     dscores_place.arrive_empty(smem.dscores_ring);
-    dscores_place.advance();
-    const Target target = {
-        params.dq,         branch.queries,  step.tile,        part * kWarpgroupRows + warp_row,
-        number * kColumns, params.head_dim, params.accumulate};
-    const Outgoing<T, typename Config::GradientQ> dq(gradient_q, params.scale,
-                                                     smem.dout[query_place.stage], warp_row,
-                                                     number * (kColumns / 8), target);
+    query_place.wait_full(smem.stats_ring);  // dout is read no more
+    const Target target = {params.dq,       branch.queries,
+                           step.tile,       part * kWarpgroupRows + warp_row,
+                           params.head_dim, params.accumulate};
+    const Outgoing<T, typename Config::GradientQ> dq(
+        gradient_q, params.scale, smem.dout[query_place.stage], warp_row, target);
     ptx::fence_async_proxy();  // between shared memory and the next queries; before the stores
     query_place.arrive_empty(smem.query_ring);
     dq.store(target);
@@ -453,16 +437,23 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
 #pragma unroll 1
       for (int part = 0; part < step.parts; ++part) {
         query_place.wait_full(smem.query_ring);
-        const int first = (own ? 0 : kTileRows) + part * kWarpgroupRows;
-        if (attended(smem.band[key_place.stage], number, first)) {
-          sum_part(key_place.stage, first, slot_of(part, 2 * own + number));
+        const int queries = (own ? 0 : kParts) + part;  // from the keys' tile on
+        const uint32_t seen = smem.band[key_place.stage].seen >> (4 * number + queries);
+        if (seen & 1) {
+          sum_part(key_place.stage, seen, queries * kWarpgroupRows,
+                   slot_of(part, 2 * own + number));
         }
         if (own) {
-          query_place.wait_full(smem.stats_ring);  // dout is read no more
+          // After the dq before, lest this arrival count for that part.
+          dscores_place.wait_empty(smem.dscores_ring);
+          dscores_place.arrive_full(smem.dscores_ring);
+        }
+        if (own && part == number) {
           sum_queries(step, part);
         } else if (last) {
           query_place.arrive_empty(smem.query_ring);
         }
+        if (own) dscores_place.advance();
         query_place.advance();
       }
       if (last && step.back) back_place.arrive_empty(smem.k_ring);
@@ -471,7 +462,7 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
       if (own || !step.loads_back) {
         const QueryTile tile = own ? step.tile : tile_before(step.tile);
         const auto target = [&](const TensorView& tensor, int head_dim) -> Target {
-          return {tensor,   branch.queries,   tile, number * kWarpgroupRows + warp_row, 0,
+          return {tensor,   branch.queries,   tile, number * kWarpgroupRows + warp_row,
                   head_dim, params.accumulate};
         };
         const Target target_k = target(params.dk, params.head_dim);
@@ -479,8 +470,8 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
         auto& v_smem = smem.v[key_place.stage][number];
         sync();  // no warp's wgmma reads these values any more
         const Outgoing<T, typename Config::GradientK> dk(gradient_k, params.scale, v_smem, warp_row,
-                                                         0, target_k);
-        const Outgoing<T, typename Config::GradientV> dv(gradient_v, 1.f, v_smem, warp_row, 0,
+                                                         target_k);
+        const Outgoing<T, typename Config::GradientV> dv(gradient_v, 1.f, v_smem, warp_row,
                                                          target_v);
         ptx::fence_async_proxy();  // before the stores, for which it would wait
         key_place.arrive_empty(smem.v_ring);
@@ -512,8 +503,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     smem.v_ring.init(32, kWarps);
     smem.query_ring.init(32, kWarps + kStatsWarps);
     smem.stats_ring.init(kStatsWarps, 1);  // emptied with the queries
+    smem.out_ring.init(32, kStatsWarps);
     smem.step_ring.init(1, kWarps + kStatsWarps + 1);
-    smem.dscores_ring.init(kWarps, kWarps);
+    smem.dscores_ring.init(kWarps, 4);  // one warpgroup sums dq
     ptx::fence_mbarrier_init();
   }
   __syncthreads();

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/short_groups.h"
+#include "device.h"
 #include "sm90/backward_band/kernel.cuh"
 #include "sm90/backward_band/launch.h"
 
@@ -21,19 +22,17 @@ void launch(const BackwardParams& call) {
     return ViewMap::of<typename Config::Part>(tensor, view, params.head_dim, heads, params.batch,
                                               params.element, true);
   };
-  const auto map_v = [&](const TensorView& tensor, int heads) {
+  const auto map_v = [&](const TensorView& tensor, int heads, bool usable = true) {
     return ViewMap::of<typename Config::PartV>(tensor, view, params.head_dim_v, heads, params.batch,
-                                               params.element, true);
+                                               params.element, usable);
   };
   const Maps maps = {map(params.q, params.heads), map(params.k, params.kv_heads),
-                     map_v(params.v, params.kv_heads), map_v(params.dout, params.heads)};
-  int multiprocessors = 0;
-  CHECK_CUDA(
-      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, params.device));
+                     map_v(params.v, params.kv_heads), map_v(params.dout, params.heads),
+                     map_v(params.out, params.heads, params.finds_stats)};
   auto* kernel = backward_band_kernel<Config>;
   constexpr int kBytes = sizeof(typename Config::SharedMemory);
-  CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-  kernel<<<least(tiles.count, multiprocessors), Config::kThreads, kBytes,
+  allow_shared_memory(reinterpret_cast<const void*>(kernel), kBytes, params.device);
+  kernel<<<least(tiles.count, multiprocessors(params.device)), Config::kThreads, kBytes,
            static_cast<cudaStream_t>(params.stream)>>>(params, tiles, maps);
   CHECK_CUDA(cudaGetLastError());
 }

@@ -9,13 +9,12 @@
 
 namespace sparse_attn::sm90::backward_band {
 
-// Where the sums of 16 rows of a warp go: rows of `tile` from `row` on, columns from `column` on.
+// Where the sums of 16 rows of a warp go: rows of `tile` from `row` on.
 struct Target {
   const TensorView& tensor;
   const SequenceView& view;
   const QueryTile& tile;
   int row;
-  int column;
   int head_dim;
   bool accumulate;  // add to what is there
 };
@@ -33,7 +32,7 @@ struct Outgoing {
   // f(index, row, vector, address in global memory, whether it exists)
   template <class F>
   static __device__ __forceinline__ void for_each(const Target& target, F f) {
-    T* gmem = head_gmem<T>(target.tensor, target.tile.batch, target.tile.head) + target.column;
+    T* gmem = head_gmem<T>(target.tensor, target.tile.batch, target.tile.head);
     const int lane = ptx::lane();
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
@@ -43,17 +42,17 @@ struct Outgoing {
           target.view.position(target.tile.group, target.tile.first_row + target.row + row);
       f(i, row, vector,
         reinterpret_cast<uint4*>(gmem + token * target.tensor.row_stride + vector * 8),
-        target.row + row < target.tile.rows && target.column + vector * 8 < target.head_dim);
+        target.row + row < target.tile.rows && vector * 8 < target.head_dim);
     }
   }
 
   // factor * sum, by way of a tile in shared memory that nobody reads any more: its rows from
-  // `first_row` on, vectors from `first_vector` on.
+  // `first_row` on.
   template <class Tile>
   __device__ __forceinline__ Outgoing(Sum& sum, float factor, Tile& tile_smem, int first_row,
-                                      int first_vector, const Target& target) {
+                                      const Target& target) {
     const auto vector_smem = [&](int row, int vector) -> uint4& {
-      return *reinterpret_cast<uint4*>(tile_smem.at(first_row + row, first_vector + vector));
+      return *reinterpret_cast<uint4*>(tile_smem.at(first_row + row, vector));
     };
     const int lane = ptx::lane();
     // A row of four matrices of 16 columns.
