@@ -82,8 +82,9 @@ Kernels kernels(bool sm90) { return sm90 ? Kernels::sm90 : Kernels::sm80; }
 void launch_forward(const TensorArgument& q, const TensorArgument& k, const TensorArgument& v,
                     const TensorArgument& out, int64_t lse, int batch, int heads, int first_head,
                     int head_count, int kv_heads, int seq, int head_dim, int head_dim_v,
-                    float scale, bool bfloat16, bool sm90, const Branch& branch, bool merge,
-                    int device, int64_t stream) {
+                    float scale, bool bfloat16, bool sm90, const std::vector<Branch>& branches,
+                    int64_t counters, int device, int64_t stream) {
+  if (branches.size() > kMaxBranches) throw py::value_error("too many branches");
   ForwardParams params{};
   params.q = tensor_view(q);
   params.k = tensor_view(k);
@@ -101,8 +102,9 @@ void launch_forward(const TensorArgument& q, const TensorArgument& k, const Tens
   params.scale = scale;
   params.element = element(bfloat16);
   params.kernels = kernels(sm90);
-  params.branch = branch;
-  params.merge = merge;
+  params.branch_count = static_cast<int>(branches.size());
+  std::copy(branches.begin(), branches.end(), params.branches);
+  params.counters = pointer<int*>(counters);
   params.device = device;
   params.stream = pointer<void*>(stream);
   forward(params);
@@ -255,7 +257,7 @@ PYBIND11_MODULE(_C, module) {
              py::arg("out"), py::arg("lse"), py::arg("batch"), py::arg("heads"),
              py::arg("first_head"), py::arg("head_count"), py::arg("kv_heads"), py::arg("seq"),
              py::arg("head_dim"), py::arg("head_dim_v"), py::arg("scale"), py::arg("bfloat16"),
-             py::arg("sm90"), py::arg("branch"), py::arg("merge"), py::arg("device"),
+             py::arg("sm90"), py::arg("branches"), py::arg("counters"), py::arg("device"),
              py::arg("stream"));
   module.def("block_rows", &launch_block_rows, py::kw_only(), py::arg("layout"), py::arg("rows"),
              py::arg("heads"), py::arg("blocks"), py::arg("words"), py::arg("past"),

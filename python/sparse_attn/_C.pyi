@@ -59,8 +59,8 @@ def forward(
     scale: float,
     bfloat16: bool,
     sm90: bool,
-    branch: Branch,
-    merge: bool,
+    branches: list[Branch],  # at most 2
+    counters: int,  # address of int32 (1 + batch * head_count,), overwritten; or 0
     device: int,
     stream: int,
 ) -> None: ...

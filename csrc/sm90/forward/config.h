@@ -12,16 +12,22 @@
 
 namespace sparse_attn::sm90::forward {
 
-// How the tensor memory accelerator reads the tensors of a call.
-struct ForwardMaps {
+// How the tensor memory accelerator reads the tensors of a branch.
+struct BranchMaps {
   ViewMap q;
+  ViewMap out;
   ViewMap k[kMaxSegments];
   ViewMap v[kMaxSegments];
 };
 
+template <int kBranches>
+struct ForwardMaps {
+  BranchMaps branch[kBranches];
+};
+
 // Few keys are bound by bytes and latency: two small CTAs a multiprocessor and tiles of 64 keys, of
 // which a window or a chunk needs few. Many are bound by arithmetic: large products.
-template <class T, int kHeadDim_, int kHeadDimV_, Reach kReach>
+template <class T, int kHeadDim_, int kHeadDimV_, Reach kReach, int kBranches>
 struct Config {
   using Element = T;
   static constexpr int kHeadDim = kHeadDim_;
@@ -32,8 +38,11 @@ struct Config {
   static constexpr int kTileQueries = kConsumers * kWarpgroupRows;
   static constexpr int kTileKeys = kMany ? 128 : 64;
   static constexpr int kThreads = 128 * (1 + kConsumers);
-  static constexpr int kKeyStages = kMany && !kSmall ? 2 : 4;  // tiles of keys, and of values
+  // Tiles of keys, and of values.
+  static constexpr int kKeyStages = kMany ? (kSmall ? 4 : 2) : kBranches == 1 ? 4 : 3;
   static constexpr int kQueryStages = 2;  // the next queries load while these are computed
+  // Of what earlier branches left, for as many parts of the queries at a time; or for one.
+  static constexpr int kEarlierTiles = !kMany && kBranches > 1 ? kConsumers : 1;
   static constexpr int kCtas = kMany || !kSmall ? 1 : 2;  // on a multiprocessor
   // Of a lane that loads and of one that computes.
   static constexpr int kLoadRegisters = kConsumers == 3 ? 32 : kCtas == 2 ? 48 : 56;
@@ -47,22 +56,31 @@ struct Config {
   using Scores = RegisterTile<16, kTileKeys>;  // of a warp
   using Output = RegisterTile<16, kHeadDimV>;
 
+  using OutputTile = SharedTile<T, kWarpgroupRows, kHeadDimV>;
+
   struct Queries {
     union {  // the output is written when the queries are no longer read
       SharedTile<T, kWarpgroupRows, kHeadDim> q;
-      SharedTile<T, kWarpgroupRows, kHeadDimV> out;
+      OutputTile out;
     } part[kConsumers];
   };
 
   struct SharedMemory {
     Queries queries[kQueryStages];
+    OutputTile earlier[kEarlierTiles];  // what earlier branches left; merged in place
     SharedTile<T, kTileKeys, kHeadDim> k[kKeyStages];
     SharedTile<T, kTileKeys, kHeadDimV> v[kKeyStages];
+    int branch[kQueryStages];
     QueryTile query_tile[kQueryStages];  // no row: the last
     bool any_keys[kQueryStages];
     SeenTile tile[kKeyStages][kConsumers];  // of the keys at a stage
     Interval attended[kQueryStages][kMaxSegments][kTileQueries];
+    float lse[kQueryStages][kConsumers][kWarpgroupRows];  // of earlier branches, then of all
     RingBarriers<kQueryStages> query_ring;
+    uint64_t found[kQueryStages];                 // what the queries attend
+    uint64_t computed[kQueryStages][kConsumers];  // the output and the lse
+    uint64_t earlier_full[kConsumers];            // of a warpgroup that computes
+    uint64_t earlier_empty[kEarlierTiles];
     RingBarriers<kKeyStages> k_ring;
     RingBarriers<kKeyStages> v_ring;
   };

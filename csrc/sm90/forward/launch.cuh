@@ -7,35 +7,77 @@
 
 namespace sparse_attn::sm90::forward {
 
-template <class T, int kHeadDim, int kHeadDimV, Reach kReach>
-void launch_reach(const ForwardParams& params) {
-  using Config = Config<T, kHeadDim, kHeadDimV, kReach>;
-  const Branch& branch = params.branch;
+template <class Config>
+BranchMaps maps_of(const ForwardParams& params, const Branch& branch) {
   // Tiles that end with a block must not show the keys after it, which maybe no query attends.
   const bool usable = branch.blocks.rows == nullptr;
-  ForwardMaps maps;
-  maps.q = ViewMap::of(params.q, branch.queries, params.head_dim, params.heads, params.batch,
-                       kWarpgroupRows, params.element, true);
+  const auto of_queries = [&](const TensorView& tensor, int head_dim) {
+    return ViewMap::of(tensor, branch.queries, head_dim, params.heads, params.batch, kWarpgroupRows,
+                       params.element, true);
+  };
+  const auto of_keys = [&](const TensorView& tensor, const SequenceView& view, int head_dim) {
+    return ViewMap::of(tensor, view, head_dim, params.kv_heads, params.batch, Config::kTileKeys,
+                       params.element, usable);
+  };
+  BranchMaps maps;
+  maps.q = of_queries(params.q, params.head_dim);
+  maps.out = of_queries(params.out, params.head_dim_v);
   for (int i = 0; i < branch.segment_count; ++i) {
     const SequenceView& view = branch.segments[i].keys;
-    maps.k[i] = ViewMap::of(params.k, view, params.head_dim, params.kv_heads, params.batch,
-                            Config::kTileKeys, params.element, usable);
-    maps.v[i] = ViewMap::of(params.v, view, params.head_dim_v, params.kv_heads, params.batch,
-                            Config::kTileKeys, params.element, usable);
+    maps.k[i] = of_keys(params.k, view, params.head_dim);
+    maps.v[i] = of_keys(params.v, view, params.head_dim_v);
   }
+  return maps;
+}
+
+// One branch.
+template <class T, int kHeadDim, int kHeadDimV, Reach kReach>
+void launch_one(const ForwardParams& params) {
+  using Config = Config<T, kHeadDim, kHeadDimV, kReach, 1>;
+  const Branch& branch = params.branches[0];
   launch_staying<Config>(
-      forward_kernel<Config>, params,
+      forward_kernel<Config, QueryTiles>, params,
       QueryTiles::of(branch, Config::kTileQueries, params.first_head, params.head_count,
                      params.batch, Config::kMany ? Order::by_length : Order::by_head),
-      maps);
+      ForwardMaps<1>{{maps_of<Config>(params, branch)}});
+}
+
+// Two branches of few keys, the second close behind the first.
+template <class T, int kHeadDim, int kHeadDimV>
+void launch_two(const ForwardParams& params) {
+  using Config = Config<T, kHeadDim, kHeadDimV, Reach::few, 2>;
+  CHECK_CUDA(cudaMemsetAsync(params.counters, 0,
+                             sizeof(int) * (1 + params.batch * params.head_count),
+                             static_cast<cudaStream_t>(params.stream)));
+  // As many items as the CTAs hold: one that is computed and one that is loaded.
+  const int distance = 2 * ctas_of<Config>(params.device);
+  launch_staying<Config>(forward_kernel<Config, MergedTiles>, params,
+                         MergedTiles::of(params.branches, Config::kTileQueries, params.first_head,
+                                         params.head_count, params.batch, distance),
+                         ForwardMaps<2>{{maps_of<Config>(params, params.branches[0]),
+                                         maps_of<Config>(params, params.branches[1])}});
+}
+
+// Few keys are bound by bytes, which the second branch finds in L2. Many are bound by arithmetic.
+inline bool go_together(const ForwardParams& params) {
+  bool together = params.branch_count == 2 && params.counters != nullptr;
+  for (int i = 0; i < params.branch_count; ++i) {
+    const Branch& branch = params.branches[i];
+    together = together && reach_of(branch) == Reach::few && branch.queries.max_rows > 0;
+  }
+  return together;
 }
 
 template <class T, int kHeadDim, int kHeadDimV>
 void launch(const ForwardParams& params) {
-  if (reach_of(params.branch) == Reach::many) {
-    launch_reach<T, kHeadDim, kHeadDimV, Reach::many>(params);
+  if (go_together(params)) {
+    launch_two<T, kHeadDim, kHeadDimV>(params);
+  } else if (params.branch_count > 1) {
+    one_by_one(params, launch<T, kHeadDim, kHeadDimV>);
+  } else if (reach_of(params.branches[0]) == Reach::many) {
+    launch_one<T, kHeadDim, kHeadDimV, Reach::many>(params);
   } else {
-    launch_reach<T, kHeadDim, kHeadDimV, Reach::few>(params);
+    launch_one<T, kHeadDim, kHeadDimV, Reach::few>(params);
   }
 }
 

@@ -132,14 +132,16 @@ def forward(
     }
     for heads, head_pattern in _head_ranges(pattern, q.shape[1]):
         blocks = _block_rows(head_pattern, q, keys_own=False)
-        for number, branch in enumerate(native_plan(head_pattern, q.shape[2])):
-            native().forward(
-                branch=_with_blocks(branch, blocks),
-                merge=number > 0,
-                first_head=heads.start,
-                head_count=len(heads),
-                **call,
-            )
+        branches = native_plan(head_pattern, q.shape[2])
+        # Of this call alone: calls on other streams, or in a graph, run at the same time.
+        counters = lse.new_empty(1 + q.shape[0] * len(heads), dtype=torch.int32)
+        native().forward(
+            branches=[_with_blocks(branch, blocks) for branch in branches],
+            counters=counters.data_ptr() if len(branches) > 1 else 0,
+            first_head=heads.start,
+            head_count=len(heads),
+            **call,
+        )
 
 
 def backward(
