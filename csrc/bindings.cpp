@@ -79,18 +79,23 @@ Element element(bool bfloat16) { return bfloat16 ? Element::bfloat16 : Element::
 
 Kernels kernels(bool sm90) { return sm90 ? Kernels::sm90 : Kernels::sm80; }
 
-void launch_forward(const TensorArgument& q, const TensorArgument& k, const TensorArgument& v,
-                    const TensorArgument& out, int64_t lse, int batch, int heads, int first_head,
-                    int head_count, int kv_heads, int seq, int head_dim, int head_dim_v,
-                    float scale, bool bfloat16, bool sm90, const std::vector<Branch>& branches,
-                    int64_t counters, int device, int64_t stream) {
+using Strides = std::array<int64_t, 3>;  // of batch, head and row, in elements
+
+TensorView without_address(const Strides& strides) {
+  return {nullptr, strides[0], strides[1], static_cast<int>(strides[2])};
+}
+
+ForwardParams forward_params(const Strides& q, const Strides& k, const Strides& v,
+                             const Strides& out, int batch, int heads, int first_head,
+                             int head_count, int kv_heads, int seq, int head_dim, int head_dim_v,
+                             float scale, bool bfloat16, bool sm90,
+                             const std::vector<Branch>& branches, int device) {
   if (branches.size() > kMaxBranches) throw py::value_error("too many branches");
   ForwardParams params{};
-  params.q = tensor_view(q);
-  params.k = tensor_view(k);
-  params.v = tensor_view(v);
-  params.out = tensor_view(out);
-  params.lse = pointer<float*>(lse);
+  params.q = without_address(q);
+  params.k = without_address(k);
+  params.v = without_address(v);
+  params.out = without_address(out);
   params.batch = batch;
   params.heads = heads;
   params.first_head = first_head;
@@ -104,46 +109,60 @@ void launch_forward(const TensorArgument& q, const TensorArgument& k, const Tens
   params.kernels = kernels(sm90);
   params.branch_count = static_cast<int>(branches.size());
   std::copy(branches.begin(), branches.end(), params.branches);
-  params.counters = pointer<int*>(counters);
   params.device = device;
-  params.stream = pointer<void*>(stream);
-  forward(params);
+  return params;
 }
 
-void launch_row_stats(const TensorArgument& out, const TensorArgument& dout, int64_t lse,
-                      int64_t dlse, int64_t stats, int batch, int heads, int seq, int head_dim_v,
-                      bool bfloat16, int device, int64_t stream) {
+// The launches of a forward call, complete but for addresses and stream.
+struct ForwardCall {
+  std::vector<ForwardParams> launches;
+
+  void operator()(int64_t q, int64_t k, int64_t v, int64_t out, int64_t lse, int64_t block_rows,
+                  int64_t counters, int64_t stream) const {
+    for (ForwardParams params : launches) {
+      params.q.data = pointer<void*>(q);
+      params.k.data = pointer<void*>(k);
+      params.v.data = pointer<void*>(v);
+      params.out.data = pointer<void*>(out);
+      params.lse = pointer<float*>(lse);
+      for (Branch& branch : params.branches) {
+        branch.blocks.rows = pointer<const uint32_t*>(block_rows);
+      }
+      params.counters = pointer<int*>(counters);
+      params.stream = pointer<void*>(stream);
+      forward(params);
+    }
+  }
+};
+
+RowStatsParams row_stats_params(const Strides& out, const Strides& dout, int batch, int heads,
+                                int seq, int head_dim_v, bool bfloat16, int device) {
   RowStatsParams params{};
-  params.out = tensor_view(out);
-  params.dout = tensor_view(dout);
-  params.lse = pointer<const float*>(lse);
-  params.dlse = pointer<const float*>(dlse);
-  params.stats = pointer<RowStats*>(stats);
+  params.out = without_address(out);
+  params.dout = without_address(dout);
   params.batch = batch;
   params.heads = heads;
   params.seq = seq;
   params.head_dim_v = head_dim_v;
   params.element = element(bfloat16);
   params.device = device;
-  params.stream = pointer<void*>(stream);
-  row_stats(params);
+  return params;
 }
 
-void launch_backward(const TensorArgument& q, const TensorArgument& k, const TensorArgument& v,
-                     const TensorArgument& dout, const TensorArgument& dq, const TensorArgument& dk,
-                     const TensorArgument& dv, int64_t stats, int batch, int heads, int first_head,
-                     int head_count, int heads_together, int kv_heads, int seq, int head_dim,
-                     int head_dim_v, float scale, bool bfloat16, bool sm90, bool keys_own,
-                     const Branch& branch, bool accumulate, int device, int64_t stream) {
+BackwardParams backward_params(const Strides& q, const Strides& k, const Strides& v,
+                               const Strides& dout, const Strides& dq, const Strides& dk,
+                               const Strides& dv, int batch, int heads, int first_head,
+                               int head_count, int heads_together, int kv_heads, int seq,
+                               int head_dim, int head_dim_v, float scale, bool bfloat16, bool sm90,
+                               bool keys_own, const Branch& branch, bool accumulate, int device) {
   BackwardParams params{};
-  params.q = tensor_view(q);
-  params.k = tensor_view(k);
-  params.v = tensor_view(v);
-  params.dout = tensor_view(dout);
-  params.dq = tensor_view(dq);
-  params.dk = tensor_view(dk);
-  params.dv = tensor_view(dv);
-  params.stats = pointer<const RowStats*>(stats);
+  params.q = without_address(q);
+  params.k = without_address(k);
+  params.v = without_address(v);
+  params.dout = without_address(dout);
+  params.dq = without_address(dq);
+  params.dk = without_address(dk);
+  params.dv = without_address(dv);
   params.batch = batch;
   params.heads = heads;
   params.first_head = first_head;
@@ -160,12 +179,44 @@ void launch_backward(const TensorArgument& q, const TensorArgument& k, const Ten
   params.branch = branch;
   params.accumulate = accumulate;
   params.device = device;
-  params.stream = pointer<void*>(stream);
-  backward(params);
+  return params;
 }
 
-void launch_block_rows(const TensorArgument& layout, int64_t rows, int heads, int blocks, int words,
-                       bool past, bool future, int device, int64_t stream) {
+// The launches of a backward call, complete but for addresses and stream.
+struct BackwardCall {
+  RowStatsParams stats;
+  std::vector<BackwardParams> launches;
+
+  void operator()(int64_t dout, int64_t q, int64_t k, int64_t v, int64_t out, int64_t lse,
+                  int64_t dlse, int64_t stats_rows, int64_t dq, int64_t dk, int64_t dv,
+                  int64_t query_block_rows, int64_t key_block_rows, int64_t stream) const {
+    RowStatsParams rows = stats;
+    rows.out.data = pointer<void*>(out);
+    rows.dout.data = pointer<void*>(dout);
+    rows.lse = pointer<const float*>(lse);
+    rows.dlse = pointer<const float*>(dlse);
+    rows.stats = pointer<RowStats*>(stats_rows);
+    rows.stream = pointer<void*>(stream);
+    row_stats(rows);
+    for (BackwardParams params : launches) {
+      params.q.data = pointer<void*>(q);
+      params.k.data = pointer<void*>(k);
+      params.v.data = pointer<void*>(v);
+      params.dout.data = pointer<void*>(dout);
+      params.dq.data = pointer<void*>(dq);
+      params.dk.data = pointer<void*>(dk);
+      params.dv.data = pointer<void*>(dv);
+      params.stats = rows.stats;
+      params.branch.blocks.rows = pointer<const uint32_t*>(
+          params.owner == Owner::queries ? query_block_rows : key_block_rows);
+      params.stream = rows.stream;
+      backward(params);
+    }
+  }
+};
+
+BlockRowsParams block_rows_params(const TensorArgument& layout, int64_t rows, int heads, int blocks,
+                                  int words, bool past, bool future, int device, int64_t stream) {
   BlockRowsParams params{};
   params.layout = pointer<const bool*>(layout[0]);
   params.head_stride = layout[1];
@@ -179,7 +230,7 @@ void launch_block_rows(const TensorArgument& layout, int64_t rows, int heads, in
   params.future = future;
   params.device = device;
   params.stream = pointer<void*>(stream);
-  block_rows(params);
+  return params;
 }
 
 DecodeRead decode_read(const SequenceView& queries, const Run& run, const SequenceView& keys,
@@ -253,26 +304,35 @@ PYBIND11_MODULE(_C, module) {
   module.def("head_dims", &head_dims);
   module.def("sm90_fits", &sm90_fits, py::arg("head_dim"), py::arg("head_dim_v"));
   module.def("driver_version", &driver_version);
-  module.def("forward", &launch_forward, py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"),
-             py::arg("out"), py::arg("lse"), py::arg("batch"), py::arg("heads"),
-             py::arg("first_head"), py::arg("head_count"), py::arg("kv_heads"), py::arg("seq"),
-             py::arg("head_dim"), py::arg("head_dim_v"), py::arg("scale"), py::arg("bfloat16"),
-             py::arg("sm90"), py::arg("branches"), py::arg("counters"), py::arg("device"),
-             py::arg("stream"));
-  module.def("block_rows", &launch_block_rows, py::kw_only(), py::arg("layout"), py::arg("rows"),
-             py::arg("heads"), py::arg("blocks"), py::arg("words"), py::arg("past"),
-             py::arg("future"), py::arg("device"), py::arg("stream"));
-  module.def("row_stats", &launch_row_stats, py::kw_only(), py::arg("out"), py::arg("dout"),
-             py::arg("lse"), py::arg("dlse"), py::arg("stats"), py::arg("batch"), py::arg("heads"),
-             py::arg("seq"), py::arg("head_dim_v"), py::arg("bfloat16"), py::arg("device"),
-             py::arg("stream"));
-  module.def("backward", &launch_backward, py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"),
-             py::arg("dout"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("stats"),
-             py::arg("batch"), py::arg("heads"), py::arg("first_head"), py::arg("head_count"),
-             py::arg("heads_together"), py::arg("kv_heads"), py::arg("seq"), py::arg("head_dim"),
-             py::arg("head_dim_v"), py::arg("scale"), py::arg("bfloat16"), py::arg("sm90"),
-             py::arg("keys_own"), py::arg("branch"), py::arg("accumulate"), py::arg("device"),
-             py::arg("stream"));
+  py::class_<ForwardParams>(module, "ForwardParams")
+      .def(py::init(&forward_params), py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"),
+           py::arg("out"), py::arg("batch"), py::arg("heads"), py::arg("first_head"),
+           py::arg("head_count"), py::arg("kv_heads"), py::arg("seq"), py::arg("head_dim"),
+           py::arg("head_dim_v"), py::arg("scale"), py::arg("bfloat16"), py::arg("sm90"),
+           py::arg("branches"), py::arg("device"));
+  py::class_<ForwardCall>(module, "ForwardCall")
+      .def(py::init<std::vector<ForwardParams>>(), py::arg("launches"))
+      .def("__call__", &ForwardCall::operator());
+  py::class_<RowStatsParams>(module, "RowStatsParams")
+      .def(py::init(&row_stats_params), py::kw_only(), py::arg("out"), py::arg("dout"),
+           py::arg("batch"), py::arg("heads"), py::arg("seq"), py::arg("head_dim_v"),
+           py::arg("bfloat16"), py::arg("device"));
+  py::class_<BackwardParams>(module, "BackwardParams")
+      .def(py::init(&backward_params), py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"),
+           py::arg("dout"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("batch"),
+           py::arg("heads"), py::arg("first_head"), py::arg("head_count"),
+           py::arg("heads_together"), py::arg("kv_heads"), py::arg("seq"), py::arg("head_dim"),
+           py::arg("head_dim_v"), py::arg("scale"), py::arg("bfloat16"), py::arg("sm90"),
+           py::arg("keys_own"), py::arg("branch"), py::arg("accumulate"), py::arg("device"));
+  py::class_<BackwardCall>(module, "BackwardCall")
+      .def(py::init<RowStatsParams, std::vector<BackwardParams>>(), py::arg("stats"),
+           py::arg("launches"))
+      .def("__call__", &BackwardCall::operator());
+  py::class_<BlockRowsParams>(module, "BlockRowsParams")
+      .def(py::init(&block_rows_params), py::kw_only(), py::arg("layout"), py::arg("rows"),
+           py::arg("heads"), py::arg("blocks"), py::arg("words"), py::arg("past"),
+           py::arg("future"), py::arg("device"), py::arg("stream"));
+  module.def("block_rows", &block_rows, py::arg("params"));
   py::class_<DecodeRead>(module, "DecodeRead")
       .def(py::init(&decode_read), py::arg("queries"), py::arg("run"), py::arg("keys"),
            py::arg("part"), py::arg("store"));

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "check.h"
+#include "device.h"
 
 namespace sparse_attn::sm80 {
 
@@ -13,7 +14,7 @@ void launch_tiles(void (*kernel)(Params), const Params& params, int64_t tiles) {
   if (tiles == 0) return;  // a view without rows, as the panel of a short sequence
   constexpr int kBytes = sizeof(typename Config::SharedMemory);
   if constexpr (kBytes > 48 * 1024) {  // more than a CTA gets unasked
-    CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+    allow_shared_memory(reinterpret_cast<const void*>(kernel), kBytes, params.device);
   }
   kernel<<<static_cast<unsigned>(tiles), Config::kThreads, kBytes,
            static_cast<cudaStream_t>(params.stream)>>>(params);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "check.h"
+#include "device.h"
 #include "sm90/query_tiles.h"
 
 namespace sparse_attn::sm90 {
@@ -9,9 +10,7 @@ namespace sparse_attn::sm90 {
 // CTAs that a GPU holds.
 template <class Config>
 int ctas_of(int device) {
-  int multiprocessors = 0;
-  CHECK_CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  return multiprocessors * Config::kCtas;
+  return multiprocessors(device) * Config::kCtas;
 }
 
 // CTAs that stay, as many as the GPU holds; each takes one of the tiles after another.
@@ -20,7 +19,7 @@ void launch_staying(void (*kernel)(Params, Tiles, Arguments...), const Params& p
                     const Tiles& tiles, const Arguments&... arguments) {
   if (tiles.count == 0) return;
   constexpr int kBytes = sizeof(typename Config::SharedMemory);
-  CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+  allow_shared_memory(reinterpret_cast<const void*>(kernel), kBytes, params.device);
   const int ctas = least(tiles.count, ctas_of<Config>(params.device));
   kernel<<<ctas, Config::kThreads, kBytes, static_cast<cudaStream_t>(params.stream)>>>(
       params, tiles, arguments...);

@@ -41,84 +41,128 @@ def build_info() -> dict[str, str]: ...
 def head_dims() -> list[tuple[int, int]]: ...
 def sm90_fits(head_dim: int, head_dim_v: int) -> bool: ...
 def driver_version() -> int: ...
-def forward(
-    *,
-    q: tuple[int, int, int, int],  # address; batch, head and row stride in elements
-    k: tuple[int, int, int, int],
-    v: tuple[int, int, int, int],
-    out: tuple[int, int, int, int],
-    lse: int,
-    batch: int,
-    heads: int,
-    first_head: int,
-    head_count: int,
-    kv_heads: int,
-    seq: int,
-    head_dim: int,
-    head_dim_v: int,
-    scale: float,
-    bfloat16: bool,
-    sm90: bool,
-    branches: list[Branch],  # at most 2
-    counters: int,  # address of int32 (1 + batch * head_count,), overwritten; or 0
-    device: int,
-    stream: int,
-) -> None: ...
-def block_rows(
-    *,
-    layout: tuple[int, int, int, int],  # address; stride of heads, of the rows' and the other side
-    rows: int,
-    heads: int,
-    blocks: int,
-    words: int,
-    past: bool,
-    future: bool,
-    device: int,
-    stream: int,
-) -> None: ...
-def row_stats(
-    *,
-    out: tuple[int, int, int, int],
-    dout: tuple[int, int, int, int],
-    lse: int,
-    dlse: int,  # 0 for none
-    stats: int,
-    batch: int,
-    heads: int,
-    seq: int,
-    head_dim_v: int,
-    bfloat16: bool,
-    device: int,
-    stream: int,
-) -> None: ...
-def backward(
-    *,
-    q: tuple[int, int, int, int],
-    k: tuple[int, int, int, int],
-    v: tuple[int, int, int, int],
-    dout: tuple[int, int, int, int],
-    dq: tuple[int, int, int, int],
-    dk: tuple[int, int, int, int],
-    dv: tuple[int, int, int, int],
-    stats: int,
-    batch: int,
-    heads: int,
-    first_head: int,
-    head_count: int,
-    heads_together: int,
-    kv_heads: int,
-    seq: int,
-    head_dim: int,
-    head_dim_v: int,
-    scale: float,
-    bfloat16: bool,
-    sm90: bool,
-    keys_own: bool,  # dk and dv of a transposed branch; else dq
-    branch: Branch,
-    accumulate: bool,
-    device: int,
-    stream: int,
-) -> None: ...
+
+# A launch, complete but for addresses and stream; strides are of batch, head and row, in elements.
+class ForwardParams:
+    def __init__(
+        self,
+        *,
+        q: tuple[int, int, int],
+        k: tuple[int, int, int],
+        v: tuple[int, int, int],
+        out: tuple[int, int, int],
+        batch: int,
+        heads: int,
+        first_head: int,
+        head_count: int,
+        kv_heads: int,
+        seq: int,
+        head_dim: int,
+        head_dim_v: int,
+        scale: float,
+        bfloat16: bool,
+        sm90: bool,
+        branches: tuple[Branch, ...],  # at most 2
+        device: int,
+    ) -> None: ...
+
+class RowStatsParams:
+    def __init__(
+        self,
+        *,
+        out: tuple[int, int, int],
+        dout: tuple[int, int, int],
+        batch: int,
+        heads: int,
+        seq: int,
+        head_dim_v: int,
+        bfloat16: bool,
+        device: int,
+    ) -> None: ...
+
+class BackwardParams:
+    def __init__(
+        self,
+        *,
+        q: tuple[int, int, int],
+        k: tuple[int, int, int],
+        v: tuple[int, int, int],
+        dout: tuple[int, int, int],
+        dq: tuple[int, int, int],
+        dk: tuple[int, int, int],
+        dv: tuple[int, int, int],
+        batch: int,
+        heads: int,
+        first_head: int,
+        head_count: int,
+        heads_together: int,
+        kv_heads: int,
+        seq: int,
+        head_dim: int,
+        head_dim_v: int,
+        scale: float,
+        bfloat16: bool,
+        sm90: bool,
+        keys_own: bool,  # dk and dv of a transposed branch; else dq
+        branch: Branch,
+        accumulate: bool,
+        device: int,
+    ) -> None: ...
+
+# The launches of a call; all arguments but the stream are addresses, 0 for none.
+class ForwardCall:
+    def __init__(self, launches: list[ForwardParams]) -> None: ...
+    # counters: int32 (1 + batch * heads,), overwritten, for two branches in one launch; or 0.
+    def __call__(
+        self,
+        q: int,
+        k: int,
+        v: int,
+        out: int,
+        lse: int,
+        block_rows: int,
+        counters: int,
+        stream: int,
+        /,
+    ) -> None: ...
+
+class BackwardCall:
+    def __init__(self, stats: RowStatsParams, launches: list[BackwardParams]) -> None: ...
+    def __call__(
+        self,
+        dout: int,
+        q: int,
+        k: int,
+        v: int,
+        out: int,
+        lse: int,
+        dlse: int,
+        stats: int,
+        dq: int,
+        dk: int,
+        dv: int,
+        query_block_rows: int,
+        key_block_rows: int,
+        stream: int,
+        /,
+    ) -> None: ...
+
+class BlockRowsParams:
+    def __init__(
+        self,
+        *,
+        layout: tuple[int, int, int, int],  # address; stride of heads, of the rows' and other side
+        rows: int,
+        heads: int,
+        blocks: int,
+        words: int,
+        past: bool,
+        future: bool,
+        device: int,
+        stream: int,
+    ) -> None: ...
+
+def block_rows(params: BlockRowsParams) -> None: ...
 
 # Keys of one segment of a branch, out of the store with that number.
 class DecodeRead:

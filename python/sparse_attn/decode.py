@@ -211,7 +211,7 @@ def decode(
     if not isinstance(cache, KVCache):
         raise TypeError(f"cache must be a KVCache, got {type(cache).__name__}")
     q, k_new, v_new = _inputs(q, k_new, v_new, cache.pattern)
-    _ops.check(q, k_new, v_new, cache.pattern)
+    _ops.check(q, k_new, v_new, cache.pattern, None)
     cache.check(k_new, v_new)
     new = q.shape[2]
     if q.shape[1] != cache.heads:

@@ -6,18 +6,17 @@ from __future__ import annotations
 import warnings
 from functools import cache
 
-import torch
-
 from .backends import cuda
 from .patterns import BlockSparse, Pattern
+from .tensor_meta import AnyTensor
 
 BACKENDS = ("cuda", "cuda_sm80", "cuda_sm90", "torch", "reference")
 
 
 def choose_backend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: AnyTensor,
+    k: AnyTensor,
+    v: AnyTensor,
     pattern: Pattern,
     backend: str | None = None,
 ) -> tuple[str, str | None]:

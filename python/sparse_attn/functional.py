@@ -77,7 +77,7 @@ def attention(
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend must be a str or None, got {backend!r}")
     layout = pattern.layout if isinstance(pattern, BlockSparse) else None
-    out, lse = torch.ops.sparse_attn.forward(q, k, v, layout, pattern.spec, scale, backend)
+    out, lse = _ops.attention(q, k, v, layout, pattern.spec, scale, backend)
     return (out, lse) if return_lse else out
 
 
@@ -91,7 +91,7 @@ def which_backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pa
     'torch'
     """
     q, k, v = _inputs(q, k, v, pattern)
-    _ops.check(q, k, v, pattern)
+    _ops.check(q, k, v, pattern, pattern.layout if isinstance(pattern, BlockSparse) else None)
     return choose_backend(q, k, v, pattern)[0]
 
 

@@ -10,6 +10,7 @@ import torch
 
 from ..patterns import BlockSparse, Pattern, PerHead
 from ..plan import Branch, Run, SequenceView, plan
+from ..tensor_meta import AnyTensor, TensorMeta
 
 if TYPE_CHECKING:
     from .. import _C
@@ -22,6 +23,7 @@ _LEAST_DRIVER = 13000  # CUDA 13.0
 # Key rows, tile ends and the stride between tokens are 32-bit integers.
 _MOST_TOKENS = 1 << 30
 _MOST_ROW_STRIDE = (1 << 31) - 1
+_ALIGNMENT = 16  # bytes
 
 
 def native() -> Any:
@@ -37,7 +39,7 @@ def driver_version() -> int:
     return int(native().driver_version())
 
 
-def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> str | None:
+def unsupported(q: AnyTensor, k: AnyTensor, v: AnyTensor, pattern: Pattern) -> str | None:
     """Why the kernels cannot run these inputs, in words; None if they can."""
     if not q.is_cuda:
         return f"the inputs are on {q.device}, the kernels need a CUDA device"
@@ -90,7 +92,7 @@ def _no_kernel(
     return None
 
 
-def unsupported_by_sm90(q: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> str | None:
+def unsupported_by_sm90(q: AnyTensor, v: AnyTensor, pattern: Pattern) -> str | None:
     """Why Hopper's own kernels do not run inputs that the others can; None if they do."""
     capability = _capability(q.device)
     if capability != _HOPPER:
@@ -118,138 +120,298 @@ def forward(
     *,
     sm90: bool,
 ) -> None:
-    q, k, v = _aligned(q), _aligned(k), _aligned(v)
+    """Attention into ``out`` and ``lse``, prepared for this one call."""
+    metas = (TensorMeta.of(x) for x in (q, k, v, out))
+    layout = pattern.layout if isinstance(pattern, BlockSparse) else None
+    ForwardCall(pattern, scale, *metas, sm90=sm90)(q, k, v, layout, out, lse)
+
+
+class ForwardCall:
+    """A forward call, prepared for tensors of some shapes and strides: all but their addresses."""
+
+    def __init__(
+        self,
+        pattern: Pattern,
+        scale: float,
+        q: TensorMeta,
+        k: TensorMeta,
+        v: TensorMeta,
+        out: TensorMeta,
+        *,
+        sm90: bool,
+    ) -> None:
+        self._pattern, self._scale, self._sm90 = pattern, scale, sm90
+        self._device: int = q.device.index
+        self._aligned = all(map(_has_aligned_rows, (q, k, v)))
+        self._counters = _counters(pattern.rule, q) if sm90 else 0
+        if self._aligned:
+            self._launch = _forward_launches(
+                q, k, v, out, pattern.rule, _layout_heads(pattern), scale, sm90
+            )
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layout: torch.Tensor | None,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        q_address, k_address, v_address = q.data_ptr(), k.data_ptr(), v.data_ptr()
+        if not self._aligned or (q_address | k_address | v_address) % _ALIGNMENT:
+            q, k, v = map(_aligned, (q, k, v))
+            metas = (TensorMeta.of(x) for x in (q, k, v, out))
+            call = ForwardCall(self._pattern, self._scale, *metas, sm90=self._sm90)
+            return call(q, k, v, layout, out, lse)
+        rows = _block_rows(self._pattern, layout, keys_own=False)
+        # Of this call alone: calls on other streams, or in a graph, run at the same time.
+        counters = lse.new_empty(self._counters, dtype=torch.int32) if self._counters else None
+        self._launch(
+            q_address,
+            k_address,
+            v_address,
+            out.data_ptr(),
+            lse.data_ptr(),
+            _address(rows),
+            _address(counters),
+            _stream(self._device),
+        )
+
+
+class BackwardCall:
+    """A backward call, prepared for tensors of some shapes and strides: all but their addresses."""
+
+    def __init__(
+        self,
+        pattern: Pattern,
+        scale: float,
+        dout: TensorMeta,
+        q: TensorMeta,
+        k: TensorMeta,
+        v: TensorMeta,
+        out: TensorMeta,
+        dq: TensorMeta,
+        dk: TensorMeta,
+        dv: TensorMeta,
+        *,
+        sm90: bool,
+    ) -> None:
+        self._pattern, self._scale, self._sm90 = pattern, scale, sm90
+        self._device: int = q.device.index
+        self._aligned = all(map(_has_aligned_rows, (dout, q, k, v, out)))
+        group = q.shape[1] // k.shape[1]
+        ranges = _head_ranges(pattern.rule, q.shape[1])
+        # Heads of one kv head that differ: each has a dk and dv of its own, summed in the end.
+        self._summed = None
+        if any(heads.start % group or heads.stop % group for heads, _ in ranges):
+            group = 1
+            dk, dv = (_contiguous(x, q.shape[1]) for x in (k, v))
+            self._summed = dk, dv
+        # The launches write only the keys that a segment lists.
+        self._zeroed = [
+            slice(heads.start // group, heads.stop // group)
+            for heads, head_pattern in ranges
+            if not plan(head_pattern, q.shape[2])[0].segments[0].keys.lists_every_token
+        ]
+        if self._aligned:
+            self._launch = _backward_launches(
+                dout,
+                q,
+                k,
+                v,
+                out,
+                dq,
+                dk,
+                dv,
+                group,
+                pattern.rule,
+                _layout_heads(pattern),
+                scale,
+                sm90,
+            )
+
+    def __call__(
+        self,
+        dout: torch.Tensor,
+        dlse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        layout: torch.Tensor | None,
+        dq: torch.Tensor,
+        dk: torch.Tensor,
+        dv: torch.Tensor,
+    ) -> None:
+        addresses = dout.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
+        if not self._aligned or any(address % _ALIGNMENT for address in addresses):
+            dout, q, k, v, out = map(_aligned, (dout, q, k, v, out))
+            metas = (TensorMeta.of(x) for x in (dout, q, k, v, out, dq, dk, dv))
+            call = BackwardCall(self._pattern, self._scale, *metas, sm90=self._sm90)
+            return call(dout, dlse, q, k, v, out, lse, layout, dq, dk, dv)
+        kv_dk, kv_dv = dk, dv
+        if self._summed is not None:
+            dk, dv = (meta.empty() for meta in self._summed)
+        for heads in self._zeroed:
+            dk[:, heads].zero_()
+            dv[:, heads].zero_()
+        dlse = None if dlse is None else dlse.contiguous()
+        stats = lse.new_empty((*lse.shape, 2))
+        query_rows = _block_rows(self._pattern, layout, keys_own=False)
+        key_rows = _block_rows(self._pattern, layout, keys_own=True)
+        self._launch(
+            *addresses,
+            lse.data_ptr(),
+            _address(dlse),
+            stats.data_ptr(),
+            dq.data_ptr(),
+            dk.data_ptr(),
+            dv.data_ptr(),
+            _address(query_rows),
+            _address(key_rows),
+            _stream(self._device),
+        )
+        if self._summed is not None:
+            kv_dk.copy_(dk.unflatten(1, (k.shape[1], -1)).sum(2, dtype=torch.float32))
+            kv_dv.copy_(dv.unflatten(1, (k.shape[1], -1)).sum(2, dtype=torch.float32))
+
+
+@lru_cache(maxsize=1024)
+def _forward_launches(
+    q: TensorMeta,
+    k: TensorMeta,
+    v: TensorMeta,
+    out: TensorMeta,
+    rule: Pattern,
+    layout_heads: int,
+    scale: float,
+    sm90: bool,
+) -> _C.ForwardCall:
+    """One for each range of heads."""
     call = {
-        "q": _argument(q),
-        "k": _argument(k),
-        "v": _argument(v),
-        "out": _argument(out),
-        "lse": lse.data_ptr(),
+        **_strides(q=q, k=k, v=v, out=out),
+        **_sizes(q, k, v),
         "scale": scale,
         "sm90": sm90,
-        **_sizes(q, k, v),
-        **_launch(q),
     }
-    for heads, head_pattern in _head_ranges(pattern, q.shape[1]):
-        blocks = _block_rows(head_pattern, q, keys_own=False)
-        branches = native_plan(head_pattern, q.shape[2])
-        # Of this call alone: calls on other streams, or in a graph, run at the same time.
-        counters = lse.new_empty(1 + q.shape[0] * len(heads), dtype=torch.int32)
-        native().forward(
-            branches=[_with_blocks(branch, blocks) for branch in branches],
-            counters=counters.data_ptr() if len(branches) > 1 else 0,
+    launches = [
+        native().ForwardParams(
+            branches=_branches(pattern, q.shape[2], layout_heads),
             first_head=heads.start,
             head_count=len(heads),
             **call,
         )
+        for heads, pattern in _head_ranges(rule, q.shape[1])
+    ]
+    return native().ForwardCall(launches)
 
 
-def backward(
-    dout: torch.Tensor,
-    dlse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    pattern: Pattern,
+def _counters(rule: Pattern, q: TensorMeta) -> int:
+    """How many integers order the work of branches in one launch; 0 where there is one branch."""
+    batch, heads, seq, _ = q.shape
+    branches = max(len(plan(pattern, seq)) for _, pattern in _head_ranges(rule, heads))
+    return 1 + batch * heads if branches > 1 else 0
+
+
+@lru_cache(maxsize=1024)
+def _backward_launches(
+    dout: TensorMeta,
+    q: TensorMeta,
+    k: TensorMeta,
+    v: TensorMeta,
+    out: TensorMeta,
+    dq: TensorMeta,
+    dk: TensorMeta,
+    dv: TensorMeta,
+    group: int,
+    rule: Pattern,
+    layout_heads: int,
     scale: float,
-    dq: torch.Tensor,
-    dk: torch.Tensor,
-    dv: torch.Tensor,
-    *,
     sm90: bool,
-) -> None:
-    group = q.shape[1] // k.shape[1]
-    ranges = _head_ranges(pattern, q.shape[1])
-    kv_dk, kv_dv = dk, dv
-    if any(heads.start % group or heads.stop % group for heads, _ in ranges):
-        # Heads of one kv head differ: each has a dk and dv of its own, summed in the end.
-        group = 1
-        dk, dv = (x.new_empty((*q.shape[:3], x.shape[3])) for x in (k, v))
-    q, k, v, dout, out = (_aligned(x) for x in (q, k, v, dout, out))
-    stats = lse.new_empty((*lse.shape, 2))
-    sizes, launch = _sizes(q, k, v), _launch(q)
-    native().row_stats(
-        out=_argument(out),
-        dout=_argument(dout),
-        lse=lse.data_ptr(),
-        dlse=0 if dlse is None else dlse.contiguous().data_ptr(),
-        stats=stats.data_ptr(),
-        **{name: sizes[name] for name in ("batch", "heads", "seq", "head_dim_v")},
-        **launch,
+) -> _C.BackwardCall:
+    """The statistics of the queries; then dq, dk and dv for each range of heads and each branch."""
+    sizes = _sizes(q, k, v)
+    names = ("batch", "heads", "seq", "head_dim_v", "bfloat16", "device")
+    stats = native().RowStatsParams(
+        **_strides(out=out, dout=dout), **{name: sizes[name] for name in names}
     )
     call = {
-        "q": _argument(q),
-        "k": _argument(k),
-        "v": _argument(v),
-        "dout": _argument(dout),
-        "dq": _argument(dq),
-        "dk": _argument(dk),
-        "dv": _argument(dv),
-        "stats": stats.data_ptr(),
+        **_strides(q=q, k=k, v=v, dout=dout, dq=dq, dk=dk, dv=dv),
+        **sizes,
         "scale": scale,
         "sm90": sm90,
-        **sizes,
-        **launch,
     }
-    for heads, head_pattern in ranges:
-        if not plan(head_pattern, q.shape[2])[0].segments[0].keys.lists_every_token:
-            # The launches write only the keys that a segment lists.
-            dk[:, heads.start // group : heads.stop // group].zero_()
-            dv[:, heads.start // group : heads.stop // group].zero_()
-        for keys_own in (False, True):
-            blocks = _block_rows(head_pattern, q, keys_own)
-            branches = native_plan(head_pattern, q.shape[2], transposed=keys_own)
-            for number, branch in enumerate(branches):
-                native().backward(
-                    keys_own=keys_own,
-                    branch=_with_blocks(branch, blocks),
-                    accumulate=number > 0,
-                    first_head=heads.start,
-                    head_count=len(heads),
-                    heads_together=group if keys_own else 1,
-                    **call,
-                )
-    if dk is not kv_dk:
-        kv_dk.copy_(dk.unflatten(1, (k.shape[1], -1)).sum(2, dtype=torch.float32))
-        kv_dv.copy_(dv.unflatten(1, (k.shape[1], -1)).sum(2, dtype=torch.float32))
+    launches = [
+        native().BackwardParams(
+            keys_own=keys_own,
+            branch=branch,
+            accumulate=number > 0,
+            first_head=heads.start,
+            head_count=len(heads),
+            heads_together=group if keys_own else 1,
+            **call,
+        )
+        for heads, pattern in _head_ranges(rule, q.shape[1])
+        for keys_own in (False, True)
+        for number, branch in enumerate(_branches(pattern, q.shape[2], layout_heads, keys_own))
+    ]
+    return native().BackwardCall(stats, launches)
 
 
-def _block_rows(pattern: Pattern, q: torch.Tensor, keys_own: bool) -> torch.Tensor | None:
+def _block_rows(
+    pattern: Pattern, layout: torch.Tensor | None, keys_own: bool
+) -> torch.Tensor | None:
     """The blocks that each block of queries, or of keys if they own, attends, a bit each.
 
     int32 (heads or 1, blocks, words), made on the GPU: the layout never comes to the host.
     """
-    if not isinstance(pattern, BlockSparse):
+    if layout is None or not isinstance(pattern, BlockSparse):
         return None
-    layout = pattern.layout.mT if keys_own else pattern.layout
+    layout = layout.mT if keys_own else layout
     heads, count, _ = layout.shape
-    rows = layout.new_empty((heads, count, -(-count // 32)), dtype=torch.int32)
+    rows = layout.new_empty((heads, count, _words(count)), dtype=torch.int32)
     native().block_rows(
-        layout=(layout.data_ptr(), *layout.stride()),
-        rows=rows.data_ptr(),
-        heads=heads,
-        blocks=count,
-        words=rows.shape[2],
-        past=not pattern.causal or not keys_own,
-        future=not pattern.causal or keys_own,
-        **_device(q),
+        native().BlockRowsParams(
+            layout=(layout.data_ptr(), *layout.stride()),
+            rows=rows.data_ptr(),
+            heads=heads,
+            blocks=count,
+            words=rows.shape[2],
+            past=not pattern.causal or not keys_own,
+            future=not pattern.causal or keys_own,
+            **_device(layout),
+        )
     )
     return rows
 
 
-def _with_blocks(branch: _C.Branch, rows: torch.Tensor | None) -> _C.Branch:
-    if rows is None:
-        return branch
-    return branch.with_blocks(
-        rows=rows.data_ptr(),
-        words=rows.shape[2],
-        head_stride=rows.stride(0) if rows.shape[0] > 1 else 0,
+def _branches(
+    pattern: Pattern, seq: int, layout_heads: int, transposed: bool = False
+) -> tuple[_C.Branch, ...]:
+    """The native plan, with the sizes of the block rows of a layout; their address comes later."""
+    branches = native_plan(pattern, seq, transposed)
+    if not isinstance(pattern, BlockSparse):
+        return branches
+    count = -(-seq // pattern.block)
+    stride = count * _words(count) if layout_heads > 1 else 0
+    return tuple(
+        branch.with_blocks(rows=0, words=_words(count), head_stride=stride) for branch in branches
     )
 
 
-def _sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, int]:
+def _layout_heads(pattern: Pattern) -> int:
+    """0 without a layout."""
+    return len(pattern.layout) if isinstance(pattern, BlockSparse) else 0
+
+
+def _words(blocks: int) -> int:
+    """Of 32 bits, one for each block."""
+    return -(-blocks // 32)
+
+
+def _sizes(q: TensorMeta, k: TensorMeta, v: TensorMeta) -> dict[str, Any]:
     batch, heads, seq, head_dim = q.shape
     return {
         "batch": batch,
@@ -258,29 +420,49 @@ def _sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, int]:
         "seq": seq,
         "head_dim": head_dim,
         "head_dim_v": v.shape[3],
-    }
-
-
-def _launch(q: torch.Tensor) -> dict[str, int]:
-    """Element type, device and current stream."""
-    return {"bfloat16": q.dtype == torch.bfloat16, **_device(q)}
-
-
-def _device(q: torch.Tensor) -> dict[str, int]:
-    return {
+        "bfloat16": q.dtype == torch.bfloat16,
         "device": q.device.index,
-        "stream": torch.cuda.current_stream(q.device).cuda_stream,
     }
+
+
+def _strides(**metas: TensorMeta) -> dict[str, tuple[int, ...]]:
+    """Of batch, head and row."""
+    return {name: meta.strides[:3] for name, meta in metas.items()}
+
+
+def _device(x: torch.Tensor) -> dict[str, int]:
+    return {"device": x.device.index, "stream": _stream(x.device.index)}
+
+
+def _address(x: torch.Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _stream(device: int) -> int:
+    """Address of the current stream: torch.cuda.current_stream, which makes an object, is slow."""
+    return torch._C._cuda_getCurrentRawStream(device)
+
+
+def _has_aligned_rows(x: TensorMeta) -> bool:
+    """Whether rows are contiguous and start on 16 bytes, if the first one does."""
+    steps = [stride for size, stride in zip(x.shape[:3], x.strides[:3], strict=True) if size > 1]
+    contiguous_rows = x.strides[3] == 1 or x.shape[3] == 1
+    near = x.shape[2] <= 1 or x.strides[2] <= _MOST_ROW_STRIDE
+    return contiguous_rows and near and all(step % 8 == 0 for step in steps)
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
     """x, or a copy whose rows are contiguous and start on 16 bytes (8 elements)."""
-    steps = [stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
-    contiguous_rows = x.stride(3) == 1 or x.shape[3] == 1
-    near = x.shape[2] <= 1 or x.stride(2) <= _MOST_ROW_STRIDE
-    if contiguous_rows and near and x.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in steps):
+    if _has_aligned_rows(TensorMeta.of(x)) and x.data_ptr() % _ALIGNMENT == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def _contiguous(x: TensorMeta, heads: int) -> TensorMeta:
+    """Like x, contiguous, with another number of heads."""
+    batch, _, seq, head_dim = x.shape
+    strides = heads * seq * head_dim, seq * head_dim, head_dim, 1
+    return TensorMeta(torch.Size((batch, heads, seq, head_dim)), strides, x.dtype, x.device)
 
 
 def _argument(x: torch.Tensor) -> tuple[int, int, int, int]:
