@@ -33,9 +33,10 @@ def _hopper() -> None:
         pytest.skip("one launch for two branches is for compute capability 9.0")
 
 
-@pytest.fixture(params=PATTERNS.values(), ids=PATTERNS.keys())
+@pytest.fixture(params=list(PATTERNS.values()), ids=list(PATTERNS))
 def pattern(request: pytest.FixtureRequest) -> sa.Pattern:
-    return request.param
+    pattern: sa.Pattern = request.param
+    return pattern
 
 
 def inputs(seq: int, heads: int = 7, head_dim: int = 64) -> list[torch.Tensor]:

@@ -67,7 +67,9 @@ struct Config {
 
   struct SharedMemory {
     Queries queries[kQueryStages];
-    OutputTile earlier[kEarlierTiles];  // what earlier branches left; merged in place
+    // What earlier branches left, for each warpgroup that computes, or for one at a time; merged in
+    // place.
+    OutputTile earlier[kEarlierTiles];
     SharedTile<T, kTileKeys, kHeadDim> k[kKeyStages];
     SharedTile<T, kTileKeys, kHeadDimV> v[kKeyStages];
     int branch[kQueryStages];

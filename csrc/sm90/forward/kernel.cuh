@@ -21,12 +21,12 @@ namespace sparse_attn::sm90::forward {
 
 constexpr int kComputeBarrier = 1;  // and on; 0 is __syncthreads
 
-// Which 64 queries a warpgroup computes, and which warpgroup computes them: two take turns, as one
-// half of a tile may attend more keys.
+// Which 64 queries of a tile a warpgroup computes: two take turns, as one half of a tile may attend
+// more keys.
 template <class Config>
-__device__ __forceinline__ int by_turns(int number, int stage) {
+__device__ __forceinline__ int part_number(int warpgroup, int stage) {
   static_assert(Config::kQueryStages == 2);
-  return Config::kConsumers == 2 ? number ^ stage : number;
+  return Config::kConsumers == 2 ? warpgroup ^ stage : warpgroup;
 }
 
 // The number of a tile's (batch, head) in a launch.
@@ -175,14 +175,14 @@ __device__ __forceinline__ void load_earlier(SharedMemory& smem, const ForwardPa
     const Rows<T> out(maps.branch[branch_number].out, branch.queries, params.out, params.head_dim_v,
                       queries.batch, queries.head);
 #pragma unroll 1
-    for (int number = 0; number < Config::kConsumers; ++number) {
-      const QueryTile part = part_of(queries, number);
-      uint64_t& full = smem.earlier_full[by_turns<Config>(number, stage)];
+    for (int warpgroup = 0; warpgroup < Config::kConsumers; ++warpgroup) {
+      const QueryTile part = part_of(queries, part_number<Config>(warpgroup, stage));
+      uint64_t& full = smem.earlier_full[warpgroup];
       ptx::mbarrier_wait(smem.earlier_empty[place.stage], place.round ^ 1);
       out.template load<32>(smem.earlier[place.stage], full, part.group, part.first_row,
                             part.first_row + part.rows, Tiles::kBranches > 1);
       for_each_lse(params, branch, part, [&](int row, const float* lse_gmem, bool exists) {
-        ptx::cp_async_4(&smem.lse[stage][number][row], lse_gmem, exists);
+        ptx::cp_async_4(&smem.lse[stage][warpgroup][row], lse_gmem, exists);
       });
       ptx::cp_async_arrive(full);
       place.advance();
@@ -207,22 +207,24 @@ __device__ __forceinline__ void store(SharedMemory& smem, const ForwardParams& p
     const Rows<T> out(maps.branch[branch_number].out, branch.queries, params.out, params.head_dim_v,
                       queries.batch, queries.head);
 #pragma unroll 1
-    for (int number = 0; number < Config::kConsumers; ++number) {
+    for (int warpgroup = 0; warpgroup < Config::kConsumers; ++warpgroup) {
+      const int number = part_number<Config>(warpgroup, stage);
       const QueryTile part = part_of(queries, number);
-      ptx::mbarrier_wait(smem.computed[stage][number], query_place.round);
+      ptx::mbarrier_wait(smem.computed[stage][warpgroup], query_place.round);
       const auto store_from = [&](auto& tile_smem) {
         out.store(tile_smem, part.group, part.first_row, part.first_row + part.rows);
       };
       if (merges(params, branch_number)) {
-        store_from(smem.earlier[number % Config::kEarlierTiles]);
+        const int place = warpgroup % Config::kEarlierTiles;
+        store_from(smem.earlier[place]);
         if (first_lane) ptx::tma_wait_read();
         __syncwarp();
-        if (first_lane) ptx::mbarrier_arrive(smem.earlier_empty[number % Config::kEarlierTiles]);
+        if (first_lane) ptx::mbarrier_arrive(smem.earlier_empty[place]);
       } else {
         store_from(smem.queries[stage].part[number].out);
       }
       for_each_lse(params, branch, part, [&](int row, float* lse_gmem, bool exists) {
-        if (exists) *lse_gmem = smem.lse[stage][number][row];
+        if (exists) *lse_gmem = smem.lse[stage][warpgroup][row];
       });
     }
     if (first_lane) ptx::tma_wait_read();
@@ -252,7 +254,7 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
     if (queries.rows == 0) break;
     const int branch_number = Tiles::kBranches == 1 ? 0 : smem.branch[stage];
     const Branch& branch = params.branches[branch_number];
-    const int number = by_turns<Config>(warpgroup, stage);
+    const int number = part_number<Config>(warpgroup, stage);
     const int first_row = number * kWarpgroupRows;
     const QueryTile part = part_of(queries, number);
     auto& q_smem = smem.queries[stage].part[number].q;
@@ -350,17 +352,17 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
     } else {
       ptx::named_barrier(kComputeBarrier + warpgroup, 128);
     }
-    auto& out_smem = merging ? smem.earlier[number % Config::kEarlierTiles]
+    auto& out_smem = merging ? smem.earlier[warpgroup % Config::kEarlierTiles]
                              : smem.queries[stage].part[number].out;
     float* row_lse_smem[kLaneRows];
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) {
-      row_lse_smem[i] = smem.lse[stage][number] + warp_row + Config::Output::row(i);
+      row_lse_smem[i] = smem.lse[stage][warpgroup] + warp_row + Config::Output::row(i);
     }
     finish_rows<T>(out, out_smem, softmax, row_lse_smem, merging);
     ptx::fence_async_proxy();
     __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(smem.computed[stage][number]);
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(smem.computed[stage][warpgroup]);
     query_place.advance();
   }
 }
