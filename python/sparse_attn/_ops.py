@@ -63,7 +63,9 @@ def attention(
     inputs = (q, k, v, layout, pattern, scale, backend)
     if torch.compiler.is_compiling() or not _is_plain(q, k, v):
         return torch.ops.sparse_attn.forward.default(*inputs)
-    return _Forward.apply(*inputs) if _needs_gradients(q, k, v) else _forward(*inputs)
+    if _needs_gradients(q, k, v):
+        return _Forward.apply(_forward, *inputs)
+    return _forward(*inputs)
 
 
 def _is_plain(*tensors: torch.Tensor) -> bool:
@@ -339,24 +341,20 @@ def _backward_fake(
 
 
 def _forward_below_autograd(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    if _is_plain(*inputs[:3]):
-        return _forward(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.sparse_attn.forward.default(*inputs)
 
 
 def _backward_below_autograd(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if _is_plain(*(x for x in inputs[:7] if x is not None)):
-        return _backward(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.sparse_attn.backward.default(*inputs)
 
 
 class _Forward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Any:
+    def forward(ctx: Any, run: Callable[..., Any], *inputs: Any) -> Any:
         q, k, v, layout, *ctx.options = inputs
-        out, lse = _forward_below_autograd(*inputs)
+        out, lse = run(*inputs)
         ctx.save_for_backward(q, k, v, layout, out, lse)
         ctx.set_materialize_grads(False)
         return out, lse
@@ -366,37 +364,37 @@ class _Forward(torch.autograd.Function):
         q, k, v, layout, out, lse = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
         inputs = (dout, dlse, q, k, v, out, lse, layout, *ctx.options)
-        return *_differentiable_backward(*inputs), None, None, None, None
+        return None, *_differentiable_backward(*inputs), None, None, None, None
 
 
 class _Backward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        return _backward_below_autograd(*inputs)
+    def forward(ctx: Any, run: Callable[..., Any], *inputs: Any) -> Any:
+        return run(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError("sparse_attn.attention cannot be differentiated twice")
 
 
-def _needs_gradients(*tensors: torch.Tensor | None) -> bool:
+def _needs_gradients(*tensors: torch.Tensor) -> bool:
     if torch.is_grad_enabled():
         for x in tensors:
-            if x is not None and x.requires_grad:
+            if x.requires_grad:
                 return True
     return False
 
 
 def _differentiable_forward(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    if _needs_gradients(*inputs[:3]):
-        return _Forward.apply(*inputs)
-    return _forward_below_autograd(*inputs)
+    tensors = inputs[:3]
+    run = _forward if _is_plain(*tensors) else _forward_below_autograd
+    return _Forward.apply(run, *inputs) if _needs_gradients(*tensors) else run(*inputs)
 
 
 def _differentiable_backward(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if _needs_gradients(*inputs[:7]):
-        return _Backward.apply(*inputs)
-    return _backward_below_autograd(*inputs)
+    tensors = [x for x in inputs[:7] if x is not None]
+    run = _backward if _is_plain(*tensors) else _backward_below_autograd
+    return _Backward.apply(run, *inputs) if _needs_gradients(*tensors) else run(*inputs)
 
 
 torch.library.impl("sparse_attn::forward", "Autograd")(_differentiable_forward)
