@@ -44,6 +44,10 @@ struct Config {
   // Of what earlier branches left, for as many parts of the queries at a time; or for one.
   static constexpr int kEarlierTiles = !kMany && kBranches > 1 ? kConsumers : 1;
   static constexpr int kCtas = kMany || !kSmall ? 1 : 2;  // on a multiprocessor
+  // Two warpgroups that have a multiprocessor to themselves compute the halves of a tile in turns:
+  // one half may attend more keys.
+  static constexpr bool kTurns = kConsumers == 2 && kCtas == 1;
+  static_assert(!kTurns || kQueryStages == 2);
   // Of a lane that loads and of one that computes.
   static constexpr int kLoadRegisters = kConsumers == 3 ? 32 : kCtas == 2 ? 48 : 56;
   static constexpr int kComputeRegisters = kConsumers == 3 ? 160 : kCtas == 2 ? 96 : 224;

@@ -21,12 +21,10 @@ namespace sparse_attn::sm90::forward {
 
 constexpr int kComputeBarrier = 1;  // and on; 0 is __syncthreads
 
-// Which 64 queries of a tile a warpgroup computes: two take turns, as one half of a tile may attend
-// more keys.
+// Which 64 queries of a tile a warpgroup computes.
 template <class Config>
 __device__ __forceinline__ int part_number(int warpgroup, int stage) {
-  static_assert(Config::kQueryStages == 2);
-  return Config::kConsumers == 2 ? warpgroup ^ stage : warpgroup;
+  return Config::kTurns ? warpgroup ^ stage : warpgroup;
 }
 
 // The number of a tile's (batch, head) in a launch.
