@@ -17,12 +17,13 @@ from compare import assert_same_bits
 
 pytestmark = pytest.mark.gpu
 
-# Few keys for each query, which is when branches share a launch.
+# Few keys for each query, and at most lengths below more than 64 rows a residue: then branches
+# share a launch.
 PATTERNS = {
-    "strided": sa.Strided(96),
-    "long-stride": sa.Strided(300),
-    "chunks": sa.Chunk(70) | sa.Dilated(41),
-    "both-ways": sa.Strided(64, causal=False),
+    "strided": sa.Strided(24),
+    "long-stride": sa.Strided(60),
+    "chunks": sa.Chunk(70) | sa.Dilated(31),
+    "both-ways": sa.Strided(29, causal=False),
 }
 Results = tuple[torch.Tensor, torch.Tensor]
 
@@ -56,7 +57,7 @@ def assert_same(actual: Results, wanted: Results) -> None:
     assert_same_bits("lse", actual[1], wanted[1])
 
 
-@pytest.mark.parametrize("seq", [1, 97, 1000, 4999])
+@pytest.mark.parametrize("seq", [1, 97, 2003, 4999])
 def test_same_bits_in_every_run(pattern: sa.Pattern, seq: int) -> None:
     """In whichever order the tiles of heads end."""
     tensors = inputs(seq)

@@ -137,9 +137,10 @@ __device__ __forceinline__ void load_keys(SharedMemory& smem, const ForwardParam
   if (lane == 0) ptx::mbarrier_arrive(smem.query_ring.full[query_place.stage]);
 }
 
-// Whether a tile of a branch merges with earlier branches.
-__device__ __forceinline__ bool merges(const ForwardParams& params, int branch_number) {
-  return branch_number > 0 || params.merge;
+// Whether queries of a branch merge with earlier branches.
+__device__ __forceinline__ bool merges(const ForwardParams& params, int branch_number,
+                                       const QueryTile& queries) {
+  return (branch_number > 0 || params.merge) && queries.rows > 0;
 }
 
 // f(row of the part, its lse in global memory, whether it exists) for this lane's rows.
@@ -161,7 +162,7 @@ __device__ __forceinline__ void load_earlier(SharedMemory& smem, const ForwardPa
                                              const ForwardMaps<Tiles::kBranches>& maps) {
   using T = typename Config::Element;
   Place<Config::kQueryStages> query_place;
-  Place<Config::kEarlierTiles> place;
+  int used = 0;  // a bit for each place: parity of the times
   while (true) {
     query_place.wait_full(smem.query_ring);
     const int stage = query_place.stage;
@@ -170,7 +171,7 @@ __device__ __forceinline__ void load_earlier(SharedMemory& smem, const ForwardPa
     query_place.arrive_empty(smem.query_ring);
     query_place.advance();
     if (queries.rows == 0) break;
-    if (!merges(params, branch_number)) continue;
+    if (!merges(params, branch_number, queries)) continue;
     if constexpr (Tiles::kBranches > 1) {
       Counters{params.counters}.wait(pair_of(params, queries), tiles.first);
     }
@@ -180,15 +181,17 @@ __device__ __forceinline__ void load_earlier(SharedMemory& smem, const ForwardPa
 #pragma unroll 1
     for (int warpgroup = 0; warpgroup < Config::kConsumers; ++warpgroup) {
       const QueryTile part = part_of(queries, part_number<Config>(warpgroup, stage));
+      if (part.rows == 0) continue;
+      const int place = warpgroup % Config::kEarlierTiles;
       uint64_t& full = smem.earlier_full[warpgroup];
-      ptx::mbarrier_wait(smem.earlier_empty[place.stage], place.round ^ 1);
-      out.template load<32>(smem.earlier[place.stage], full, part.group, part.first_row,
+      ptx::mbarrier_wait(smem.earlier_empty[place], (used >> place & 1) ^ 1);
+      used ^= 1 << place;
+      out.template load<32>(smem.earlier[place], full, part.group, part.first_row,
                             part.first_row + part.rows, Tiles::kBranches > 1);
       for_each_lse(params, branch, part, [&](int row, const float* lse_gmem, bool exists) {
         ptx::cp_async_4(&smem.lse[stage][warpgroup][row], lse_gmem, exists);
       });
       ptx::cp_async_arrive(full);
-      place.advance();
     }
   }
 }
@@ -217,7 +220,7 @@ __device__ __forceinline__ void store(SharedMemory& smem, const ForwardParams& p
       const auto store_from = [&](auto& tile_smem) {
         out.store(tile_smem, part.group, part.first_row, part.first_row + part.rows);
       };
-      if (merges(params, branch_number)) {
+      if (merges(params, branch_number, part)) {
         const int place = warpgroup % Config::kEarlierTiles;
         store_from(smem.earlier[place]);
         if (first_lane) ptx::tma_wait_read();
@@ -356,7 +359,7 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
     }
 
     // The output takes the place of the queries, or of what earlier branches left.
-    const bool merging = merges(params, branch_number);
+    const bool merging = merges(params, branch_number, part);
     if (merging) {
       ptx::mbarrier_wait(smem.earlier_full[warpgroup], merged);
       merged ^= 1;

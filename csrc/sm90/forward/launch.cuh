@@ -64,12 +64,14 @@ void launch_two(const ForwardParams& params) {
                                          maps_of<Config>(params, params.branches[1])}});
 }
 
-// Few keys are bound by bytes, which the second branch finds in L2. Many are bound by arithmetic.
+// Few keys are bound by bytes, which the second branch finds in L2. Many are bound by arithmetic,
+// groups shorter than half a tile by latency.
 inline bool go_together(const ForwardParams& params) {
   bool together = params.branch_count == 2 && params.counters != nullptr;
   for (int i = 0; i < params.branch_count; ++i) {
     const Branch& branch = params.branches[i];
-    together = together && reach_of(branch) == Reach::few && branch.queries.max_rows > 0;
+    together =
+        together && reach_of(branch) == Reach::few && branch.queries.max_rows > kWarpgroupRows;
   }
   return together;
 }
