@@ -43,14 +43,49 @@ struct OnlineSoftmax {
   template <class Tile>
   __device__ __forceinline__ void update(Tile& scores, float scale_log2,
                                          float (&shrink)[kLaneRows]) {
-    float tile_max[kLaneRows], offset[kLaneRows];
+    float tile_max[kLaneRows];
+    find_max(scores, scale_log2, tile_max);
+    weigh(scores, scale_log2, tile_max, shrink);
+  }
+
+  // Likewise, but leaves the maxima of a warp alone until one falls behind by more than a factor of
+  // 2^8: weights up to 256 are as exact in 16 bits. Whether anything shrinks.
+  template <class Tile>
+  __device__ __forceinline__ bool update_rarely(Tile& scores, float scale_log2,
+                                                float (&shrink)[kLaneRows]) {
+    float tile_max[kLaneRows];
+    find_max(scores, scale_log2, tile_max);
+    bool behind = false;
+#pragma unroll
+    for (int i = 0; i < kLaneRows; ++i) behind |= tile_max[i] > row_max[i] + 8.f;
+    const bool shrinks = __any_sync(0xffffffff, behind);
+#pragma unroll
+    for (int i = 0; i < kLaneRows; ++i) tile_max[i] = shrinks ? tile_max[i] : row_max[i];
+    weigh(scores, scale_log2, tile_max, shrink);
+    return shrinks;
+  }
+
+ private:
+  template <class Tile>
+  __device__ __forceinline__ static void find_max(Tile& scores, float scale_log2,
+                                                  float (&tile_max)[kLaneRows]) {
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) tile_max[i] = minus_infinity();
     scores.for_each(
         [&](float& score, int row, int) { tile_max[row] = fmaxf(tile_max[row], score); });
 #pragma unroll
+    for (int i = 0; i < kLaneRows; ++i) tile_max[i] = quad_max(tile_max[i]) * scale_log2;
+  }
+
+  // With maxima of at least `least_max`.
+  template <class Tile>
+  __device__ __forceinline__ void weigh(Tile& scores, float scale_log2,
+                                        const float (&least_max)[kLaneRows],
+                                        float (&shrink)[kLaneRows]) {
+    float offset[kLaneRows];
+#pragma unroll
     for (int i = 0; i < kLaneRows; ++i) {
-      const float new_max = fmaxf(row_max[i], quad_max(tile_max[i]) * scale_log2);
+      const float new_max = fmaxf(row_max[i], least_max[i]);
       offset[i] = finite(new_max);
       shrink[i] = ptx::exp2(row_max[i] - offset[i]);
       row_max[i] = new_max;

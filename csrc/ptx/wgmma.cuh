@@ -34,6 +34,17 @@ __device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// Likewise, one predicated instruction: a branch costs ptxas the knowledge that warps go together.
+__device__ __forceinline__ void fence_async_proxy_if(bool condition) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %0, 0;\n"
+      "@p fence.proxy.async.shared::cta;\n"
+      "}" ::"r"(static_cast<int>(condition))
+      : "memory");
+}
+
 // Keeps the compiler from moving reads or writes of an accumulator across this point.
 template <class Tile>
 __device__ __forceinline__ void pin(Tile& tile) {

@@ -22,6 +22,11 @@ struct ViewMap {
     return end_row <= rows && first_row % first == 0;
   }
 
+  // Every tile of a view; `from_first`: these start with the view's first row.
+  bool holds_all(const SequenceView& view, bool from_first) const {
+    return rows >= view.max_rows && (from_first || first.value == 1);
+  }
+
   // No rows where a view is none of the kinds above, or `usable` is false.
   static ViewMap of(const TensorView& tensor, const SequenceView& view, int head_dim, int heads,
                     int batch, int tile_rows, Element element, bool usable);

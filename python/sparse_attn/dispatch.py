@@ -7,7 +7,7 @@ import warnings
 from functools import cache
 
 from .backends import cuda
-from .patterns import BlockSparse, Pattern
+from .patterns import Pattern
 from .tensor_meta import AnyTensor
 
 BACKENDS = ("cuda", "cuda_sm80", "cuda_sm90", "torch", "reference")
@@ -37,9 +37,7 @@ def choose_backend(
         return "cuda_sm80", None
     if reason is None:
         no_hopper = cuda.unsupported_by_sm90(q, v, pattern)
-        # Hopper's kernels copy layouts of blocks row by row, and are slower than the others there.
-        faster = not isinstance(pattern, BlockSparse)
-        if no_hopper is None and (faster or backend == "cuda_sm90"):
+        if no_hopper is None:
             return "cuda_sm90", None
         if backend != "cuda_sm90":
             return "cuda_sm80", None

@@ -18,6 +18,7 @@ struct BranchMaps {
   ViewMap out;
   ViewMap k[kMaxSegments];
   ViewMap v[kMaxSegments];
+  bool some_copied;  // tiles that no map holds, copied by cp.async
 };
 
 template <int kBranches>
@@ -53,6 +54,9 @@ struct Config {
   static constexpr int kComputeRegisters = kConsumers == 3 ? 160 : kCtas == 2 ? 96 : 224;
   // The scores of a tile beside the sums of the one before: if there are registers for both.
   static constexpr bool kOverlap = kCtas == 1;
+  // Who finds what each query attends: with two CTAs, warps that compute have no issue slots to
+  // spare.
+  static constexpr bool kLoaderFinds = kCtas == 2;
   // What a CTA starts with is all there is to share.
   static constexpr int kRegisters = 65536 / (kCtas * kThreads) / 8 * 8;
   static_assert(kLoadRegisters + kConsumers * kComputeRegisters <= (1 + kConsumers) * kRegisters);

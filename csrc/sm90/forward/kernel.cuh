@@ -70,7 +70,11 @@ __device__ __forceinline__ void load_queries(SharedMemory& smem, const ForwardPa
         q.template load<32>(smem.queries[stage].part[number].q, full, part.group, part.first_row,
                             part.first_row + part.rows, branch_number > 0);
       }
-      find_attended<32>(smem.attended[stage], branch, queries);
+      if constexpr (Config::kLoaderFinds) {
+        find_attended<32>(smem.attended[stage], branch, queries);
+      } else {
+        find_ends(smem.attended[stage], branch, queries);
+      }
     }
     ptx::cp_async_arrive(full);
     ptx::mbarrier_arrive(full);  // what was not copied
@@ -106,7 +110,7 @@ __device__ __forceinline__ void load_keys(SharedMemory& smem, const ForwardParam
     const int kv_head = queries.head * params.kv_heads / params.heads;
     while (more) {
       KeyTile tile = walk.tile;
-      tile.mixed = false;  // of no interest here
+      const bool keeps = walk.keeps();
       more = walk.next();  // ahead: the intervals are not read once all tiles are full
       const SequenceView& view = branch.segments[tile.segment].keys;
       const auto load = [&](auto& tile_smem, auto& ring, const ViewMap& map,
@@ -118,8 +122,9 @@ __device__ __forceinline__ void load_keys(SharedMemory& smem, const ForwardParam
       };
       place.wait_empty(smem.k_ring);
       if (lane < Config::kConsumers) {
-        smem.tile[place.stage][lane] =
-            as_seen<Config::kTileKeys>(tile, more, queries, lane, attended_smem);
+        SeenTile seen = as_seen<Config::kTileKeys>(tile, more, queries, lane, attended_smem);
+        seen.tile.exists = seen.tile.exists && keeps;
+        smem.tile[place.stage][lane] = seen;
         ptx::mbarrier_arrive(smem.k_ring.full[place.stage]);
       }
       load(smem.k, smem.k_ring, maps.k[tile.segment], params.k, params.head_dim);
@@ -241,7 +246,7 @@ __device__ __forceinline__ void store(SharedMemory& smem, const ForwardParams& p
 // A warpgroup that computes 64 queries of every tile.
 template <class Config, class Tiles, class SharedMemory>
 __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams& params,
-                                        int warpgroup) {
+                                        const ForwardMaps<Tiles::kBranches>& maps, int warpgroup) {
   using T = typename Config::Element;
   constexpr int kLaneRows = Config::Output::kLaneRows;
   const int warp_row = threadIdx.x / 32 % 4 * 16;  // of the part
@@ -264,15 +269,17 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
     typename Config::Scores scores;
     Rounded<T, typename Config::Scores> weights;
     float shrink[kLaneRows];  // by which a tile's greater maxima shrink what is summed
+    bool shrinks;
+    bool summed = Config::kOverlap;  // few tiles: the first has nothing to shrink
     typename Config::Output out;
     out.clear();
     OnlineSoftmax<kLaneRows> softmax;
-    bool more = smem.any_keys[stage];  // whether there is a tile at key_place
+    bool more = smem.any_keys[stage];   // whether there is a tile at key_place
+    bool found = Config::kLoaderFinds;  // what the queries attend
     const auto tile = [&]() -> const KeyTile& { return smem.tile[key_place.stage][number].tile; };
     const auto attends_tile = [&] {
       key_place.wait_full(smem.k_ring);
-      // The queries of a part lie in one block.
-      return tile().exists && branch.keeps(part.head, part.first_row, tile().first_row);
+      return tile().exists;
     };
     const auto pass_over = [&] {
       more = smem.tile[key_place.stage][number].more;
@@ -283,7 +290,8 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
     };
     Place<Config::kKeyStages> weighed_place;  // of the tile whose weights are taken
     const auto start_scores = [&] {
-      ptx::fence_async_proxy();  // between cp.async and wgmma
+      ptx::fence_async_proxy_if(
+          maps.branch[branch_number].some_copied);  // between cp.async and wgmma
       ptx::wgmma_fence();
       start_multiply_transposed<T>(scores, q_smem, smem.k[key_place.stage]);
     };
@@ -299,13 +307,13 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
                   minus_infinity());
       more = smem.tile[key_place.stage][number].more;
       key_place.arrive_empty(smem.k_ring);
-      softmax.update(scores, scale_log2, shrink);
+      shrinks = softmax.update_rarely(scores, scale_log2, shrink);
       ptx::pin(scores);
       // Here, not before the sums that need it: ptxas moves no later wait for wgmma above a loop.
       key_place.wait_full(smem.v_ring);
     };
     const auto start_sums = [&] {
-      ptx::fence_async_proxy();
+      ptx::fence_async_proxy_if(maps.branch[branch_number].some_copied);
       ptx::wgmma_fence();
       start_multiply_add<T>(out, weights, smem.v[weighed_place.stage]);
     };
@@ -315,7 +323,10 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
       weighed_place.arrive_empty(smem.v_ring);
     };
     const auto take_weights = [&] {
-      out.for_each([&](float& element, int row, int) { element *= shrink[row]; });
+      if (shrinks && summed) {
+        out.for_each([&](float& element, int row, int) { element *= shrink[row]; });
+      }
+      summed = true;
       weights.round(scores);
       weighed_place = key_place;
       key_place.advance();
@@ -326,6 +337,8 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
         continue;
       }
       start_scores();
+      if (!found) find_between(attended_smem, first_row, branch, part);
+      found = true;
       ptx::wgmma_wait<0>();
       weigh();
       take_weights();
@@ -406,7 +419,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
     }
   } else {
     ptx::take_registers<Config::kComputeRegisters>();
-    compute<Config, Tiles>(smem, params, warpgroup - 1);
+    compute<Config, Tiles>(smem, params, maps, warpgroup - 1);
   }
 }
 

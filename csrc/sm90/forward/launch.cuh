@@ -9,23 +9,28 @@ namespace sparse_attn::sm90::forward {
 
 template <class Config>
 BranchMaps maps_of(const ForwardParams& params, const Branch& branch) {
-  // Tiles that end with a block must not show the keys after it, which maybe no query attends.
-  const bool usable = branch.blocks.rows == nullptr;
+  // Then a tile ends with its block, and shows no key that maybe no query attends.
+  REQUIRE(branch.blocks.rows == nullptr || branch.blocks.size % Config::kTileKeys == 0,
+          "a block must hold whole tiles");
   const auto of_queries = [&](const TensorView& tensor, int head_dim) {
     return ViewMap::of(tensor, branch.queries, head_dim, params.heads, params.batch, kWarpgroupRows,
                        params.element, true);
   };
   const auto of_keys = [&](const TensorView& tensor, const SequenceView& view, int head_dim) {
     return ViewMap::of(tensor, view, head_dim, params.kv_heads, params.batch, Config::kTileKeys,
-                       params.element, usable);
+                       params.element, true);
   };
   BranchMaps maps;
   maps.q = of_queries(params.q, params.head_dim);
   maps.out = of_queries(params.out, params.head_dim_v);
+  maps.some_copied = !maps.q.holds_all(branch.queries, true);
   for (int i = 0; i < branch.segment_count; ++i) {
     const SequenceView& view = branch.segments[i].keys;
     maps.k[i] = of_keys(params.k, view, params.head_dim);
     maps.v[i] = of_keys(params.v, view, params.head_dim_v);
+    const bool from_first = branch.segments[i].part == Part::before;
+    maps.some_copied |=
+        !maps.k[i].holds_all(view, from_first) || !maps.v[i].holds_all(view, from_first);
   }
   return maps;
 }
@@ -37,8 +42,9 @@ void launch_one(const ForwardParams& params) {
   const Branch& branch = params.branches[0];
   launch_staying<Config>(
       forward_kernel<Config, QueryTiles>, params,
-      QueryTiles::of(branch, Config::kTileQueries, params.first_head, params.head_count,
-                     params.batch, Config::kMany ? Order::by_length : Order::by_head),
+      QueryTiles::of(
+          branch, Config::kTileQueries, params.first_head, params.head_count, params.batch,
+          Config::kMany || branch.blocks.rows != nullptr ? Order::by_length : Order::by_head),
       ForwardMaps<1>{{maps_of<Config>(params, branch)}});
 }
 
