@@ -91,8 +91,9 @@ TensorView without_address(const Strides& strides) {
 ForwardParams forward_params(const Strides& q, const Strides& k, const Strides& v,
                              const Strides& out, int batch, int heads, int first_head,
                              int head_count, int kv_heads, int seq, int head_dim, int head_dim_v,
-                             float scale, bool bfloat16, bool sm90, const Branch& branch,
-                             bool merge, int device) {
+                             float scale, bool bfloat16, bool sm90,
+                             const std::vector<Branch>& branches, int device) {
+  if (branches.size() > kMaxBranches) throw py::value_error("too many branches");
   ForwardParams params{};
   params.q = without_address(q);
   params.k = without_address(k);
@@ -109,8 +110,8 @@ ForwardParams forward_params(const Strides& q, const Strides& k, const Strides& 
   params.scale = scale;
   params.element = element(bfloat16);
   params.kernels = kernels(sm90);
-  params.branch = branch;
-  params.merge = merge;
+  params.branch_count = static_cast<int>(branches.size());
+  std::copy(branches.begin(), branches.end(), params.branches);
   params.device = device;
   return params;
 }
@@ -120,14 +121,17 @@ struct ForwardCall {
   std::vector<ForwardParams> launches;
 
   void operator()(int64_t q, int64_t k, int64_t v, int64_t out, int64_t lse, int64_t block_rows,
-                  int64_t stream) const {
+                  int64_t counters, int64_t stream) const {
     for (ForwardParams params : launches) {
       params.q.data = pointer<void*>(q);
       params.k.data = pointer<void*>(k);
       params.v.data = pointer<void*>(v);
       params.out.data = pointer<void*>(out);
       params.lse = pointer<float*>(lse);
-      params.branch.blocks.rows = pointer<const uint32_t*>(block_rows);
+      for (Branch& branch : params.branches) {
+        branch.blocks.rows = pointer<const uint32_t*>(block_rows);
+      }
+      params.counters = pointer<int*>(counters);
       params.stream = pointer<void*>(stream);
       forward(params);
     }
@@ -321,7 +325,7 @@ PYBIND11_MODULE(_C, module) {
            py::arg("out"), py::arg("batch"), py::arg("heads"), py::arg("first_head"),
            py::arg("head_count"), py::arg("kv_heads"), py::arg("seq"), py::arg("head_dim"),
            py::arg("head_dim_v"), py::arg("scale"), py::arg("bfloat16"), py::arg("sm90"),
-           py::arg("branch"), py::arg("merge"), py::arg("device"));
+           py::arg("branches"), py::arg("device"));
   py::class_<ForwardCall>(module, "ForwardCall")
       .def(py::init<std::vector<ForwardParams>>(), py::arg("launches"))
       .def("__call__", &ForwardCall::operator());

@@ -10,9 +10,9 @@
 
 namespace sparse_attn {
 
-// Each launches one kernel on params.stream and returns without waiting for it: the rows of a
-// layout of blocks, one branch of the output, the statistics of the queries, one branch of dq, of
-// dk and dv, or of all three.
+// Each launches work on params.stream and returns without waiting for it: the rows of a layout of
+// blocks, the output, the statistics of the queries, one branch of dq, of dk and dv, or of all
+// three.
 void block_rows(const BlockRowsParams& params);
 void forward(const ForwardParams& params);
 void row_stats(const RowStatsParams& params);

@@ -8,6 +8,9 @@
 
 namespace sparse_attn {
 
+// Of a call: queries in token order, queries of a residue.
+constexpr int kMaxBranches = 2;
+
 enum class Element : int { float16, bfloat16 };
 
 // Which kernels run a call: those of any GPU from compute capability 8.0 on, or those of 9.0.
@@ -44,13 +47,29 @@ struct ForwardParams {
   float scale;
   Element element;
   Kernels kernels;
-  Branch branch;
-  // Merge with what out and lse already hold: the branches of the plan before this one.
+  Branch branches[kMaxBranches];
+  int branch_count;
+  // Merge with what out and lse already hold: the branches of the plan before these.
   bool merge;
+  // (1 + batch * head_count), overwritten: for the order of work on two branches in one launch; may
+  // be null, the branches then run one launch after another.
+  int* counters;
 
   int device;
   void* stream;  // cudaStream_t
 };
+
+// Runs the branches of a call one after another: launch(params) of one branch.
+template <class Launch>
+void one_by_one(const ForwardParams& params, Launch launch) {
+  for (int i = 0; i < params.branch_count; ++i) {
+    ForwardParams one = params;
+    one.branches[0] = params.branches[i];
+    one.branch_count = 1;
+    one.merge = params.merge || i > 0;
+    launch(one);
+  }
+}
 
 // What a row of scores needs in the backward pass.
 struct RowStats {

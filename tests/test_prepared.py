@@ -335,9 +335,11 @@ def test_one_native_call_for_all_branches_and_heads(recorder: Recorder) -> None:
     pattern = sa.PerHead([sa.Strided(7), sa.Strided(7), sa.Local(5), sa.Summary(5, 2)])
     out, lse = forward(inputs, pattern)
     ((launches, addresses),) = recorder.calls
-    assert addresses == (*(x.data_ptr() for x in (*inputs, out, lse)), 0, 77)
-    ranges = [(x["first_head"], x["head_count"], x["merge"]) for x in launches]
-    assert ranges == [(0, 2, False), (0, 2, True), (2, 1, False), (3, 1, False)]
+    *given, blocks, counters, stream = addresses
+    assert given == [x.data_ptr() for x in (*inputs, out, lse)]
+    assert blocks == 0 and counters != 0 and stream == 77
+    ranges = [(x["first_head"], x["head_count"], len(x["branches"])) for x in launches]
+    assert ranges == [(0, 2, 2), (2, 1, 1), (3, 1, 1)]
     assert all(x["sm90"] and x["scale"] == 0.5 and not x["bfloat16"] for x in launches)
 
 
@@ -373,7 +375,7 @@ def test_a_layout_is_read_anew_by_every_call(recorder: Recorder, heads: int) -> 
         (_, (layout, rows)), (launches, addresses) = recorder.calls[-2:]
         assert layout == pattern.layout.data_ptr() and addresses[5] == rows != 0
         stride = 3 if heads == 4 else 0
-        assert launches[0]["branch"].sizes == {"rows": 0, "words": 1, "head_stride": stride}
+        assert launches[0]["branches"][0].sizes == {"rows": 0, "words": 1, "head_stride": stride}
     layout_kept = weakref.ref(pattern.layout)
     del pattern
     gc.collect()

@@ -54,10 +54,12 @@ void run_forward(const PlanFile& plan, const Tensors& tensors, Kernels kernels, 
   auto params = params_of<ForwardParams>(tensors, kernels, device);
   params.out = tensors.view(tensors.out, tensors.heads, tensors.head_dim_v);
   params.lse = tensors.lse.data();
-  for (const Branch& branch : plan.branches) {
-    params.branch = branch;
+  params.counters = tensors.counters.data();
+  const std::vector<Branch>& branches = plan.branches;
+  for (size_t i = 0; i < branches.size(); i += params.branch_count, params.merge = true) {
+    params.branch_count = static_cast<int>(std::min<size_t>(branches.size() - i, kMaxBranches));
+    std::copy_n(branches.begin() + i, params.branch_count, params.branches);
     forward(params);
-    params.merge = true;
   }
 }
 

@@ -29,6 +29,7 @@ struct Tensors {
         dout(elements(heads, head_dim_v)),
         out(elements(heads, head_dim_v)),
         lse(elements(heads, 1)),
+        counters(1 + static_cast<size_t>(batch) * heads),
         stats(elements(heads, 1)),
         dq(elements(heads, head_dim)),
         dk(elements(kv_heads, head_dim)),
@@ -38,6 +39,7 @@ struct Tensors {
     // What the kernels leave unwritten shows.
     for (const auto* results : {&out, &dq, &dk, &dv}) results->poison();
     lse.poison();
+    counters.poison();
     stats.poison();
   }
 
@@ -68,7 +70,8 @@ struct Tensors {
   DeviceBuffer<uint16_t> dout;   // (batch, heads, seq, head_dim_v)
   DeviceBuffer<uint16_t> out;    // likewise
   DeviceBuffer<float> lse;       // (batch, heads, seq)
-  DeviceBuffer<RowStats> stats;  // likewise
+  DeviceBuffer<int> counters;    // (1 + batch * heads)
+  DeviceBuffer<RowStats> stats;  // (batch, heads, seq)
   DeviceBuffer<uint16_t> dq;     // as q, k and v
   DeviceBuffer<uint16_t> dk;
   DeviceBuffer<uint16_t> dv;

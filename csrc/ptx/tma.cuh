@@ -25,4 +25,42 @@ __device__ __forceinline__ void prefetch_l2(const void* gmem) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(gmem));
 }
 
+// Likewise; the L2 cache gives up these bytes first.
+__device__ __forceinline__ void tma_load_last(void* smem, const CUtensorMap& map, int column,
+                                              int place, int run, int head, int batch,
+                                              uint64_t& barrier) {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8;" ::"r"(shared_address(smem)),
+      "l"(&map), "r"(column), "r"(place), "r"(run), "r"(head), "r"(batch),
+      "r"(shared_address(&barrier)), "l"(policy)
+      : "memory");
+}
+
+// One thread starts copying shared memory to the box of a map; nothing where the tensor ends. What
+// was written there by ordinary stores needs fence_async_proxy first.
+__device__ __forceinline__ void tma_store(const CUtensorMap& map, const void* smem, int column,
+                                          int place, int run, int head, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::
+          "l"(&map),
+      "r"(shared_address(smem)), "r"(column), "r"(place), "r"(run), "r"(head), "r"(batch)
+      : "memory");
+}
+
+// Waits until this thread's copies so far have read shared memory.
+__device__ __forceinline__ void tma_wait_read() {
+  asm volatile(
+      "cp.async.bulk.commit_group;\n"
+      "cp.async.bulk.wait_group.read 0;" ::
+          : "memory");
+}
+
+// Waits until this thread's copies so far, up to the last tma_wait_read, have been written.
+__device__ __forceinline__ void tma_wait_written() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
 }  // namespace sparse_attn::ptx

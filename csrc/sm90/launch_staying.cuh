@@ -7,14 +7,20 @@
 
 namespace sparse_attn::sm90 {
 
-// CTAs that stay, as many as the multiprocessors hold; each takes every so-many-th tile.
-template <class Config, class Params, class... Arguments>
-void launch_staying(void (*kernel)(Params, QueryTiles, Arguments...), const Params& params,
-                    const QueryTiles& tiles, const Arguments&... arguments) {
+// CTAs that a GPU holds.
+template <class Config>
+int ctas_of(int device) {
+  return multiprocessors(device) * Config::kCtas;
+}
+
+// CTAs that stay, as many as the GPU holds; each takes one of the tiles after another.
+template <class Config, class Params, class Tiles, class... Arguments>
+void launch_staying(void (*kernel)(Params, Tiles, Arguments...), const Params& params,
+                    const Tiles& tiles, const Arguments&... arguments) {
   if (tiles.count == 0) return;
   constexpr int kBytes = sizeof(typename Config::SharedMemory);
   allow_shared_memory(reinterpret_cast<const void*>(kernel), kBytes, params.device);
-  const int ctas = least(tiles.count, multiprocessors(params.device) * Config::kCtas);
+  const int ctas = least(tiles.count, ctas_of<Config>(params.device));
   kernel<<<ctas, Config::kThreads, kBytes, static_cast<cudaStream_t>(params.stream)>>>(
       params, tiles, arguments...);
   CHECK_CUDA(cudaGetLastError());

@@ -38,58 +38,6 @@ __device__ __forceinline__ void load_row(Tile& tile_smem, int row, const T* row_
   }
 }
 
-// Where the rows of a head come from.
-template <class T>
-struct Rows {
-  const ViewMap& map;
-  const SequenceView& view;
-  const T* gmem;  // of the head
-  int row_stride;
-  int head_dim;
-  int head;
-  int batch;
-
-  __device__ __forceinline__ Rows(const ViewMap& map, const SequenceView& view,
-                                  const TensorView& tensor, int head_dim, int batch, int head)
-      : map(map),
-        view(view),
-        gmem(head_gmem<const T>(tensor, batch, head)),
-        row_stride(tensor.row_stride),
-        head_dim(head_dim),
-        head(head),
-        batch(batch) {}
-
-  // Starts copying rows [first_row, end_row) of a group into a tile, zeros where there is no row;
-  // with the map if it holds them. By kThreads threads; `full` completes after the cp_async_arrive
-  // of each.
-  template <int kThreads, class Tile>
-  __device__ __forceinline__ void load(Tile& tile_smem, uint64_t& full, int group, int first_row,
-                                       int end_row) const {
-    if (map.holds(first_row, end_row)) {
-      if (threadIdx.x % kThreads != 0) return;
-      ptx::mbarrier_expect(full, sizeof(tile_smem.elements));
-#pragma unroll
-      for (int panel = 0; panel < Tile::kColumns / Tile::kPanelColumns; ++panel) {
-        ptx::tma_load(tile_smem.elements + panel * Tile::kPanelElements, map.map,
-                      panel * Tile::kPanelColumns, group * map.group_step + first_row % map.run,
-                      first_row / map.run, head, batch, full);
-      }
-    } else {
-      copy<kThreads>(tile_smem, group, first_row, end_row);
-    }
-  }
-
-  // Likewise, never with the map.
-  template <int kThreads, class Tile>
-  __device__ __forceinline__ void copy(Tile& tile_smem, int group, int first_row,
-                                       int end_row) const {
-    for_each_row<Tile, kThreads>(
-        view, group, first_row, end_row - first_row, [&](int row, int64_t token, bool exists) {
-          load_row(tile_smem, row, gmem + token * row_stride, head_dim, exists);
-        });
-  }
-};
-
 // Stores this thread's part of a row.
 template <class T, class Tile>
 __device__ __forceinline__ void store_row(Tile& tile_smem, int row, T* row_gmem, int head_dim,
@@ -104,5 +52,84 @@ __device__ __forceinline__ void store_row(Tile& tile_smem, int row, T* row_gmem,
     }
   }
 }
+
+// The rows of a head in global memory.
+template <class T>
+struct Rows {
+  const ViewMap& map;
+  const SequenceView& view;
+  T* gmem;  // of the head
+  int row_stride;
+  int head_dim;
+  int head;
+  int batch;
+
+  __device__ __forceinline__ Rows(const ViewMap& map, const SequenceView& view,
+                                  const TensorView& tensor, int head_dim, int batch, int head)
+      : map(map),
+        view(view),
+        gmem(head_gmem<T>(tensor, batch, head)),
+        row_stride(tensor.row_stride),
+        head_dim(head_dim),
+        head(head),
+        batch(batch) {}
+
+  // Stores rows [first_row, end_row) of a group, likewise: by a warp, whose first lane then waits
+  // for the copy.
+  template <class Tile>
+  __device__ __forceinline__ void store(Tile& tile_smem, int group, int first_row,
+                                        int end_row) const {
+    if (first_row == end_row) return;  // the map has rows of the next group there
+    if (map.holds(first_row, end_row)) {
+      if (threadIdx.x % 32 != 0) return;
+#pragma unroll
+      for (int panel = 0; panel < Tile::kColumns / Tile::kPanelColumns; ++panel) {
+        ptx::tma_store(map.map, tile_smem.elements + panel * Tile::kPanelElements,
+                       panel * Tile::kPanelColumns, group * map.group_step + first_row % map.run,
+                       first_row / map.run, head, batch);
+      }
+    } else {
+      for_each_row<Tile, 32>(
+          view, group, first_row, end_row - first_row, [&](int row, int64_t token, bool exists) {
+            store_row(tile_smem, row, gmem + token * row_stride, head_dim, exists);
+          });
+    }
+  }
+
+  // Starts copying rows [first_row, end_row) of a group into a tile, zeros where there is no row;
+  // with the map if it holds them. By kThreads threads; `full` completes after the cp_async_arrive
+  // of each. `last`: nobody reads these rows again.
+  template <int kThreads, class Tile>
+  __device__ __forceinline__ void load(Tile& tile_smem, uint64_t& full, int group, int first_row,
+                                       int end_row, bool last = false) const {
+    if (map.holds(first_row, end_row)) {
+      if (threadIdx.x % kThreads != 0) return;
+      ptx::mbarrier_expect(full, sizeof(tile_smem.elements));
+#pragma unroll
+      for (int panel = 0; panel < Tile::kColumns / Tile::kPanelColumns; ++panel) {
+        T* panel_smem = tile_smem.elements + panel * Tile::kPanelElements;
+        const int column = panel * Tile::kPanelColumns;
+        const int place = group * map.group_step + first_row % map.run, run = first_row / map.run;
+        if (last) {
+          ptx::tma_load_last(panel_smem, map.map, column, place, run, head, batch, full);
+        } else {
+          ptx::tma_load(panel_smem, map.map, column, place, run, head, batch, full);
+        }
+      }
+    } else {
+      copy<kThreads>(tile_smem, group, first_row, end_row);
+    }
+  }
+
+  // Likewise, never with the map.
+  template <int kThreads, class Tile>
+  __device__ __forceinline__ void copy(Tile& tile_smem, int group, int first_row,
+                                       int end_row) const {
+    for_each_row<Tile, kThreads>(
+        view, group, first_row, end_row - first_row, [&](int row, int64_t token, bool exists) {
+          load_row<T>(tile_smem, row, gmem + token * row_stride, head_dim, exists);
+        });
+  }
+};
 
 }  // namespace sparse_attn::sm90

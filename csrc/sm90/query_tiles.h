@@ -14,6 +14,8 @@ enum class Order {
 };
 
 struct QueryTiles {
+  static constexpr int kBranches = 1;
+
   int count;
   int tile_rows;
   int first_head;

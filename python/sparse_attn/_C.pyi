@@ -71,8 +71,7 @@ class ForwardParams:
         scale: float,
         bfloat16: bool,
         sm90: bool,
-        branch: Branch,
-        merge: bool,
+        branches: tuple[Branch, ...],  # at most 2
         device: int,
     ) -> None: ...
 
@@ -124,8 +123,18 @@ class BackwardParams:
 # The launches of a call; all arguments but the stream are addresses, 0 for none.
 class ForwardCall:
     def __init__(self, launches: list[ForwardParams]) -> None: ...
+    # counters: int32 (1 + batch * heads,), overwritten, for two branches in one launch; or 0.
     def __call__(
-        self, q: int, k: int, v: int, out: int, lse: int, block_rows: int, stream: int, /
+        self,
+        q: int,
+        k: int,
+        v: int,
+        out: int,
+        lse: int,
+        block_rows: int,
+        counters: int,
+        stream: int,
+        /,
     ) -> None: ...
 
 class BackwardCall:

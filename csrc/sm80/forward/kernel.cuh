@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kLeastCtas)
   auto& smem = *reinterpret_cast<typename Config::SharedMemory*>(shared_memory);
 
   // Which queries, and where they and their keys lie.
-  const Branch& branch = params.branch;
+  const Branch& branch = params.branches[0];
   if (threadIdx.x == 0) {
     const QueryTile tile = QueryTile::of(blockIdx.x, branch, Config::kTileQueries,
                                          params.first_head, params.head_count);

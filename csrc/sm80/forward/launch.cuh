@@ -12,14 +12,15 @@ template <class T, int kHeadDim, int kHeadDimV, Reach kReach>
 void launch_reach(const ForwardParams& params) {
   using Config = Config<T, kHeadDim, kHeadDimV, kReach>;
   launch_tiles<Config>(forward_kernel<Config>, params,
-                       QueryTile::count(params.branch.queries, Config::kTileQueries,
+                       QueryTile::count(params.branches[0].queries, Config::kTileQueries,
                                         params.head_count, params.batch));
 }
 
 template <class T, int kHeadDim, int kHeadDimV>
 void launch(const ForwardParams& params) {
+  if (params.branch_count > 1) return one_by_one(params, launch<T, kHeadDim, kHeadDimV>);
   if constexpr (Config<T, kHeadDim, kHeadDimV, Reach::many>::kMany) {
-    if (reach_of(params.branch) == Reach::many) {
+    if (reach_of(params.branches[0]) == Reach::many) {
       return launch_reach<T, kHeadDim, kHeadDimV, Reach::many>(params);
     }
   }

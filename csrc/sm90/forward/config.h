@@ -2,6 +2,8 @@
 // Constants and shared memory of the Hopper forward kernel.
 #pragma once
 
+#include <type_traits>
+
 #include "attention/reach.h"
 #include "attention/register_tile.cuh"
 #include "attention/shared_tile.cuh"
@@ -12,17 +14,23 @@
 
 namespace sparse_attn::sm90::forward {
 
-// How the tensor memory accelerator reads the tensors of a call.
-struct ForwardMaps {
+// How the tensor memory accelerator reads the tensors of a branch.
+struct BranchMaps {
   ViewMap q;
+  ViewMap out;
   ViewMap k[kMaxSegments];
   ViewMap v[kMaxSegments];
   bool some_copied;  // tiles that no map holds, copied by cp.async
 };
 
+template <int kBranches>
+struct ForwardMaps {
+  BranchMaps branch[kBranches];
+};
+
 // Few keys are bound by bytes and latency: two small CTAs a multiprocessor and tiles of 64 keys, of
 // which a window or a chunk needs few. Many are bound by arithmetic: large products.
-template <class T, int kHeadDim_, int kHeadDimV_, Reach kReach>
+template <class T, int kHeadDim_, int kHeadDimV_, Reach kReach, int kBranches>
 struct Config {
   using Element = T;
   static constexpr int kHeadDim = kHeadDim_;
@@ -34,10 +42,19 @@ struct Config {
   static constexpr int kTileQueries = kConsumers * kWarpgroupRows;
   static constexpr int kTileKeys = kMany && !kWide ? 128 : 64;
   static constexpr int kThreads = 128 * (1 + kConsumers);
-  static constexpr int kKeyStages = kWide || (kMany && !kSmall) ? 2 : 4;  // of keys, and of values
+  // Tiles of keys, and of values.
+  static constexpr int kKeyStages = kWide || (kMany && !kSmall) ? 2
+                                    : kMany || kBranches == 1   ? 4
+                                                                : 3;
   // The next queries load while these are computed, where there is room for both.
   static constexpr int kQueryStages = kWide ? 1 : 2;
+  static constexpr bool kMerges = !kWide;  // else there is no room for what earlier branches left
+  // Of that, for as many parts of the queries at a time; or for one.
+  static constexpr int kEarlierTiles = !kMany && kBranches > 1 ? kConsumers : 1;
   static constexpr int kCtas = kMany || !kSmall ? 1 : 2;  // on a multiprocessor
+  // Two warpgroups that have a multiprocessor to themselves compute the halves of a tile in turns:
+  // one half may attend more keys.
+  static constexpr bool kTurns = kConsumers == 2 && kCtas == 1 && kQueryStages == 2;
   // Of a lane that loads and of one that computes.
   static constexpr int kLoadRegisters = kConsumers == 3 ? 32 : kCtas == 2 ? 48 : 56;
   static constexpr int kComputeRegisters = kConsumers == 3 ? 160 : kCtas == 2 ? 96 : 224;
@@ -64,16 +81,26 @@ struct Config {
       OutputPart out;
     } part[kConsumers];
   };
+  struct Nothing {};
 
   struct SharedMemory {
     Queries queries[kQueryStages];
+    // What earlier branches left, for each warpgroup that computes, or for one at a time; merged in
+    // place.
+    std::conditional_t<kMerges, OutputPart[kEarlierTiles], Nothing> earlier;
     Keys k[kKeyStages];
     Values v[kKeyStages];
+    int branch[kQueryStages];
     QueryTile query_tile[kQueryStages];  // no row: the last
     bool any_keys[kQueryStages];
     SeenTile tile[kKeyStages][kConsumers];  // of the keys at a stage
     Interval attended[kQueryStages][kMaxSegments][kTileQueries];
+    float lse[kQueryStages][kConsumers][kWarpgroupRows];  // of earlier branches, then of all
     RingBarriers<kQueryStages> query_ring;
+    uint64_t found[kQueryStages];                 // what the queries attend
+    uint64_t computed[kQueryStages][kConsumers];  // the output and the lse
+    uint64_t earlier_full[kConsumers];            // of a warpgroup that computes
+    uint64_t earlier_empty[kEarlierTiles];
     RingBarriers<kKeyStages> k_ring;
     RingBarriers<kKeyStages> v_ring;
   };

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Hopper forward kernel: one branch of a plan; CTAs that stay and take one tile of 128 or 192
-// queries after another.
+// The Hopper forward kernel: one branch of a plan, or two; CTAs that stay and take one tile of 128
+// or 192 queries after another.
 //
-// One warp loads: the queries of the next tile while these are computed, key and value tiles into
-// rings. Two or three warpgroups compute 64 queries each with wgmma. README.md in this folder has
-// the schedule and the counts.
+// Four warps move data: one loads the queries of the next tile while these are computed, one key
+// and value tiles into rings, one what earlier branches left of the output, and one stores. Two or
+// three warpgroups compute 64 queries each with wgmma. README.md in this folder has the schedule
+// and the counts.
 #pragma once
 
 #include "attention/finish_rows.cuh"
@@ -13,102 +14,266 @@
 #include "sm90/forward/config.h"
 #include "sm90/load_rows.cuh"
 #include "sm90/multiply.cuh"
+#include "sm90/tickets.cuh"
 #include "sm90/walk.cuh"
 
 namespace sparse_attn::sm90::forward {
 
 constexpr int kComputeBarrier = 1;  // and on; 0 is __syncthreads
 
-// The warp that loads.
-template <class Config, class SharedMemory>
-__device__ __forceinline__ void load(SharedMemory& smem, const ForwardParams& params,
-                                     const QueryTiles& tiles, const ForwardMaps& maps) {
+// Which 64 queries of a tile a warpgroup computes.
+template <class Config>
+__device__ __forceinline__ int part_number(int warpgroup, int stage) {
+  return Config::kTurns ? warpgroup ^ stage : warpgroup;
+}
+
+// The number of a tile's (batch, head) in a launch.
+__device__ __forceinline__ int pair_of(const ForwardParams& params, const QueryTile& tile) {
+  return tile.batch * params.head_count + tile.head - params.first_head;
+}
+
+// The warp that takes tiles, finds what their queries attend, and loads the queries.
+template <class Config, class Tiles, class SharedMemory>
+__device__ __forceinline__ void load_queries(SharedMemory& smem, const ForwardParams& params,
+                                             const Tiles& tiles,
+                                             const ForwardMaps<Tiles::kBranches>& maps) {
   using T = typename Config::Element;
-  const Branch& branch = params.branch;
-  Place<Config::kQueryStages> query_place;
-  Place<Config::kKeyStages> key_place;
-  for (int round = 0;; ++round) {
-    const int index = tiles.index(round, blockIdx.x, gridDim.x);
-    if (round * gridDim.x >= tiles.count) break;
-    if (index >= tiles.count) continue;
-    const QueryTile found = tiles.at(index, branch.queries);
-    if (found.rows == 0) continue;
-    const int stage = query_place.stage;
+  const bool first_lane = threadIdx.x % 32 == 0;
+  const Counters counters = {params.counters};
+  Items<Tiles> items(tiles, counters);
+  Place<Config::kQueryStages> place;
+  bool found = true;
+  while (found) {
+    place.wait_empty(smem.query_ring);
+    const int stage = place.stage;
     uint64_t& full = smem.query_ring.full[stage];
-    query_place.wait_empty(smem.query_ring);
-    auto& attended_smem = smem.attended[stage];
-    if (threadIdx.x == 0) smem.query_tile[stage] = found;
+    Item item;
+    found = items.next(item, params.branches);
+    if (found && item.tile.rows == 0) {
+      if (Tiles::kBranches > 1 && item.branch == 0 && first_lane) {
+        counters.publish(pair_of(params, item.tile));
+      }
+      continue;
+    }
+    if (!found) item = {0, {}};
+    const int branch_number = Tiles::kBranches == 1 ? 0 : item.branch;
+    if (first_lane) smem.branch[stage] = branch_number, smem.query_tile[stage] = item.tile;
     __syncwarp();
-    const QueryTile& queries = smem.query_tile[stage];  // read when needed: registers are scarce
-    const Rows<T> q(maps.q, branch.queries, params.q, params.head_dim, queries.batch, queries.head);
+    if (found) {
+      const QueryTile& queries = smem.query_tile[stage];  // read when needed: registers are scarce
+      const Branch& branch = params.branches[branch_number];
+      const Rows<T> q(maps.branch[branch_number].q, branch.queries, params.q, params.head_dim,
+                      queries.batch, queries.head);
 #pragma unroll 1
-    for (int number = 0; number < Config::kConsumers; ++number) {
-      const QueryTile part = part_of(queries, number);
-      q.template load<32>(smem.queries[stage].part[number].q, full, part.group, part.first_row,
-                          part.first_row + part.rows);
+      for (int number = 0; number < Config::kConsumers; ++number) {
+        const QueryTile part = part_of(queries, number);
+        q.template load<32>(smem.queries[stage].part[number].q, full, part.group, part.first_row,
+                            part.first_row + part.rows, branch_number > 0);
+      }
+      if constexpr (Config::kLoaderFinds) {
+        find_attended<32>(smem.attended[stage], branch, queries);
+      } else {
+        find_ends(smem.attended[stage], branch, queries);
+      }
     }
-    if constexpr (Config::kLoaderFinds) {
-      find_attended<32>(attended_smem, branch, queries);
-    } else {
-      find_ends(attended_smem, branch, queries);
-    }
-    __syncwarp();
-    KeyWalk<Config::kTileKeys, Config::kTileQueries> walk(branch, queries, attended_smem);
-    bool more = walk.next();
-    if (threadIdx.x == 0) smem.any_keys[stage] = more;
     ptx::cp_async_arrive(full);
     ptx::mbarrier_arrive(full);  // what was not copied
-    query_place.advance();
+    __syncwarp();
+    if (first_lane) ptx::mbarrier_arrive(smem.found[stage]);
+    place.advance();
+  }
+}
 
-    const int kv_head = queries.head / (params.heads / params.kv_heads);
+// The warp that walks the key tiles of each tile of queries, and loads keys and values.
+template <class Config, class Tiles, class SharedMemory>
+__device__ __forceinline__ void load_keys(SharedMemory& smem, const ForwardParams& params,
+                                          const ForwardMaps<Tiles::kBranches>& all_maps) {
+  using T = typename Config::Element;
+  const int lane = threadIdx.x % 32;
+  Place<Config::kQueryStages> query_place;
+  Place<Config::kKeyStages> place;
+  while (true) {
+    const int stage = query_place.stage;
+    ptx::mbarrier_wait(smem.found[stage], query_place.round);
+    const QueryTile& queries = smem.query_tile[stage];  // read when needed: registers are scarce
+    if (queries.rows == 0) break;
+    const int branch_number = Tiles::kBranches == 1 ? 0 : smem.branch[stage];
+    const Branch& branch = params.branches[branch_number];
+    const BranchMaps& maps = all_maps.branch[branch_number];
+    const auto& attended_smem = smem.attended[stage];
+    KeyWalk<Config::kTileKeys, Config::kTileQueries> walk(branch, queries, attended_smem);
+    bool more = walk.next();
+    if (lane == 0) {
+      smem.any_keys[stage] = more;
+      ptx::mbarrier_arrive(smem.query_ring.full[stage]);
+    }
+    const int kv_head = queries.head * params.kv_heads / params.heads;
     while (more) {
       KeyTile tile = walk.tile;
       const bool keeps = walk.keeps();
       more = walk.next();  // ahead: the intervals are not read once all tiles are full
       const SequenceView& view = branch.segments[tile.segment].keys;
-      const auto load_keys = [&](auto& tile_smem, auto& ring, const ViewMap& map,
-                                 const TensorView& tensor, int head_dim) {
+      const auto load = [&](auto& tile_smem, auto& ring, const ViewMap& map,
+                            const TensorView& tensor, int head_dim) {
         Rows<T>(map, view, tensor, head_dim, queries.batch, kv_head)
-            .template load<32>(tile_smem[key_place.stage], ring.full[key_place.stage],
-                               queries.group, tile.first_row, tile.end_row);
-        ptx::cp_async_arrive(ring.full[key_place.stage]);
+            .template load<32>(tile_smem[place.stage], ring.full[place.stage], queries.group,
+                               tile.first_row, tile.end_row, branch_number > 0);
+        ptx::cp_async_arrive(ring.full[place.stage]);
       };
-      key_place.wait_empty(smem.k_ring);
-      if (threadIdx.x < Config::kConsumers) {
-        SeenTile seen = as_seen<Config::kTileKeys>(tile, more, queries, threadIdx.x, attended_smem);
+      place.wait_empty(smem.k_ring);
+      if (lane < Config::kConsumers) {
+        SeenTile seen = as_seen<Config::kTileKeys>(tile, more, queries, lane, attended_smem);
         seen.tile.exists = seen.tile.exists && keeps;
-        smem.tile[key_place.stage][threadIdx.x] = seen;
-        ptx::mbarrier_arrive(smem.k_ring.full[key_place.stage]);
+        smem.tile[place.stage][lane] = seen;
+        ptx::mbarrier_arrive(smem.k_ring.full[place.stage]);
       }
-      load_keys(smem.k, smem.k_ring, maps.k[tile.segment], params.k, params.head_dim);
-      key_place.wait_empty(smem.v_ring);
-      load_keys(smem.v, smem.v_ring, maps.v[tile.segment], params.v, params.head_dim_v);
-      key_place.advance();
+      load(smem.k, smem.k_ring, maps.k[tile.segment], params.k, params.head_dim);
+      place.wait_empty(smem.v_ring);
+      load(smem.v, smem.v_ring, maps.v[tile.segment], params.v, params.head_dim_v);
+      place.advance();
     }
+    query_place.advance();
   }
-  query_place.wait_empty(smem.query_ring);
-  smem.query_tile[query_place.stage].rows = 0;
-  ptx::cp_async_arrive(smem.query_ring.full[query_place.stage]);
-  ptx::mbarrier_arrive(smem.query_ring.full[query_place.stage]);
+  if (lane == 0) ptx::mbarrier_arrive(smem.query_ring.full[query_place.stage]);
 }
 
-// A warpgroup that computes the `number`-th 64 queries of every tile.
+// Whether queries of a branch merge with earlier branches.
+template <class Config>
+__device__ __forceinline__ bool merges(const ForwardParams& params, int branch_number,
+                                       const QueryTile& queries) {
+  return Config::kMerges && (branch_number > 0 || params.merge) && queries.rows > 0;
+}
+
+// What earlier branches left for a warpgroup that computes.
 template <class Config, class SharedMemory>
+__device__ __forceinline__ auto& earlier_of(SharedMemory& smem, int warpgroup) {
+  if constexpr (Config::kMerges) {
+    return smem.earlier[warpgroup % Config::kEarlierTiles];
+  } else {
+    return smem.queries[0].part[warpgroup].out;  // not used
+  }
+}
+
+// f(row of the part, its lse in global memory, whether it exists) for this lane's rows.
+template <class F>
+__device__ __forceinline__ void for_each_lse(const ForwardParams& params, const Branch& branch,
+                                             const QueryTile& part, F f) {
+  float* lse_gmem =
+      params.lse + (static_cast<int64_t>(part.batch) * params.heads + part.head) * params.seq_q;
+#pragma unroll
+  for (int row = threadIdx.x % 32; row < kWarpgroupRows; row += 32) {
+    f(row, lse_gmem + branch.queries.position(part.group, part.first_row + row), row < part.rows);
+  }
+}
+
+// The warp that loads what earlier branches left.
+template <class Config, class Tiles, class SharedMemory>
+__device__ __forceinline__ void load_earlier(SharedMemory& smem, const ForwardParams& params,
+                                             const Tiles& tiles,
+                                             const ForwardMaps<Tiles::kBranches>& maps) {
+  using T = typename Config::Element;
+  Place<Config::kQueryStages> query_place;
+  int used = 0;  // a bit for each place: parity of the times
+  while (true) {
+    query_place.wait_full(smem.query_ring);
+    const int stage = query_place.stage;
+    const QueryTile queries = smem.query_tile[stage];
+    const int branch_number = Tiles::kBranches == 1 ? 0 : smem.branch[stage];
+    query_place.arrive_empty(smem.query_ring);
+    query_place.advance();
+    if (queries.rows == 0) break;
+    if (!merges<Config>(params, branch_number, queries)) continue;
+    if constexpr (Tiles::kBranches > 1) {
+      Counters{params.counters}.wait(pair_of(params, queries), tiles.first);
+    }
+    const Branch& branch = params.branches[branch_number];
+    const Rows<T> out(maps.branch[branch_number].out, branch.queries, params.out, params.head_dim_v,
+                      queries.batch, queries.head);
+#pragma unroll 1
+    for (int warpgroup = 0; warpgroup < Config::kConsumers; ++warpgroup) {
+      const QueryTile part = part_of(queries, part_number<Config>(warpgroup, stage));
+      if (part.rows == 0) continue;
+      const int place = warpgroup % Config::kEarlierTiles;
+      uint64_t& full = smem.earlier_full[warpgroup];
+      ptx::mbarrier_wait(smem.earlier_empty[place], (used >> place & 1) ^ 1);
+      used ^= 1 << place;
+      out.template load<32>(earlier_of<Config>(smem, warpgroup), full, part.group, part.first_row,
+                            part.first_row + part.rows, Tiles::kBranches > 1);
+      for_each_lse(params, branch, part, [&](int row, const float* lse_gmem, bool exists) {
+        ptx::cp_async_4(&smem.lse[stage][warpgroup][row], lse_gmem, exists);
+      });
+      ptx::cp_async_arrive(full);
+    }
+  }
+}
+
+// The warp that stores, and publishes the tiles that others wait for.
+template <class Config, class Tiles, class SharedMemory>
+__device__ __forceinline__ void store(SharedMemory& smem, const ForwardParams& params,
+                                      const ForwardMaps<Tiles::kBranches>& maps) {
+  using T = typename Config::Element;
+  const bool first_lane = threadIdx.x % 32 == 0;
+  Place<Config::kQueryStages> query_place;
+  while (true) {
+    query_place.wait_full(smem.query_ring);
+    const int stage = query_place.stage;
+    const QueryTile queries = smem.query_tile[stage];
+    const int branch_number = Tiles::kBranches == 1 ? 0 : smem.branch[stage];
+    if (queries.rows == 0) break;
+    const Branch& branch = params.branches[branch_number];
+    const Rows<T> out(maps.branch[branch_number].out, branch.queries, params.out, params.head_dim_v,
+                      queries.batch, queries.head);
+#pragma unroll 1
+    for (int warpgroup = 0; warpgroup < Config::kConsumers; ++warpgroup) {
+      const int number = part_number<Config>(warpgroup, stage);
+      const QueryTile part = part_of(queries, number);
+      ptx::mbarrier_wait(smem.computed[stage][warpgroup], query_place.round);
+      const auto store_from = [&](auto& tile_smem) {
+        out.store(tile_smem, part.group, part.first_row, part.first_row + part.rows);
+      };
+      if (merges<Config>(params, branch_number, part)) {
+        store_from(earlier_of<Config>(smem, warpgroup));
+        if (first_lane) ptx::tma_wait_read();
+        __syncwarp();
+        if (first_lane) {
+          ptx::mbarrier_arrive(smem.earlier_empty[warpgroup % Config::kEarlierTiles]);
+        }
+      } else {
+        store_from(smem.queries[stage].part[number].out);
+      }
+      for_each_lse(params, branch, part, [&](int row, float* lse_gmem, bool exists) {
+        if (exists) *lse_gmem = smem.lse[stage][warpgroup][row];
+      });
+    }
+    if (first_lane) ptx::tma_wait_read();
+    query_place.arrive_empty(smem.query_ring);
+    query_place.advance();
+    if (Tiles::kBranches > 1 && branch_number == 0 && first_lane) {
+      ptx::tma_wait_written();
+      Counters{params.counters}.publish(pair_of(params, queries));
+    }
+  }
+}
+
+// A warpgroup that computes 64 queries of every tile.
+template <class Config, class Tiles, class SharedMemory>
 __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams& params,
-                                        const ForwardMaps& maps, int number) {
+                                        const ForwardMaps<Tiles::kBranches>& maps, int warpgroup) {
   using T = typename Config::Element;
   constexpr int kLaneRows = Config::Output::kLaneRows;
-  const Branch& branch = params.branch;
-  const int first_row = number * kWarpgroupRows;
   const int warp_row = threadIdx.x / 32 % 4 * 16;  // of the part
-  const auto sync = [&] { ptx::named_barrier(kComputeBarrier + number, 128); };
   Place<Config::kQueryStages> query_place;
   Place<Config::kKeyStages> key_place;
+  int merged = 0;  // parity of the tiles merged
   while (true) {
     const int stage = query_place.stage;
     query_place.wait_full(smem.query_ring);
     const QueryTile& queries = smem.query_tile[stage];
     if (queries.rows == 0) break;
+    const int branch_number = Tiles::kBranches == 1 ? 0 : smem.branch[stage];
+    const Branch& branch = params.branches[branch_number];
+    const int number = part_number<Config>(warpgroup, stage);
+    const int first_row = number * kWarpgroupRows;
     const QueryTile part = part_of(queries, number);
     auto& q_smem = smem.queries[stage].part[number].q;
     auto& attended_smem = smem.attended[stage];
@@ -137,7 +302,8 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
     };
     Place<Config::kKeyStages> weighed_place;  // of the tile whose weights are taken
     const auto start_scores = [&] {
-      ptx::fence_async_proxy_if(maps.some_copied);  // between cp.async and wgmma
+      ptx::fence_async_proxy_if(
+          maps.branch[branch_number].some_copied);  // between cp.async and wgmma
       ptx::wgmma_fence();
       start_multiply_transposed<T>(scores, q_smem, smem.k[key_place.stage]);
     };
@@ -162,7 +328,7 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
       key_place.wait_full(smem.v_ring);
     };
     const auto start_sums = [&] {
-      ptx::fence_async_proxy_if(maps.some_copied);
+      ptx::fence_async_proxy_if(maps.branch[branch_number].some_copied);
       ptx::wgmma_fence();
       start_multiply_add<T>(out, weights, smem.v[weighed_place.stage]);
     };
@@ -207,50 +373,47 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
       end_sums();
     }
 
-    // The output takes the place of the queries.
-    auto& out_smem = smem.queries[stage].part[number].out;
-    T* out_gmem = head_gmem<T>(params.out, part.batch, part.head);
-    sync();
-    if (params.merge) {
-      load_tile<128>(out_smem, out_gmem, params.out.row_stride, branch.queries, part.group,
-                     part.first_row, part.first_row + part.rows, params.head_dim_v);
-      ptx::cp_async_commit();
-      ptx::cp_async_wait<0>();
-      sync();
+    // The output takes the place of the queries, or of what earlier branches left.
+    const bool merging = merges<Config>(params, branch_number, part);
+    if (merging) {
+      ptx::mbarrier_wait(smem.earlier_full[warpgroup], merged);
+      merged ^= 1;
+    } else {
+      ptx::named_barrier(kComputeBarrier + warpgroup, 128);
     }
-    float* lse_gmem =
-        params.lse + (static_cast<int64_t>(part.batch) * params.heads + part.head) * params.seq_q;
-    float* row_lse_gmem[kLaneRows];
+    auto& out_smem =
+        merging ? earlier_of<Config>(smem, warpgroup) : smem.queries[stage].part[number].out;
+    float* row_lse_smem[kLaneRows];
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) {
-      const int row = warp_row + Config::Output::row(i);
-      const int token = branch.queries.position(part.group, part.first_row + row);
-      row_lse_gmem[i] = row < part.rows ? lse_gmem + token : nullptr;
+      row_lse_smem[i] = smem.lse[stage][warpgroup] + warp_row + Config::Output::row(i);
     }
-    finish_rows<T>(out, out_smem, softmax, row_lse_gmem, params.merge);
-    sync();
-    for_each_row<typename Config::OutputPart>(branch.queries, part.group, part.first_row, part.rows,
-                                              [&](int row, int64_t token, bool exists) {
-                                                store_row(out_smem, row,
-                                                          out_gmem + token * params.out.row_stride,
-                                                          params.head_dim_v, exists);
-                                              });
-    ptx::fence_async_proxy();  // between these stores and the next queries
-    query_place.arrive_empty(smem.query_ring);
+    finish_rows<T>(out, out_smem, softmax, row_lse_smem, merging);
+    ptx::fence_async_proxy();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(smem.computed[stage][warpgroup]);
     query_place.advance();
   }
 }
 
-template <class Config>
+template <class Config, class Tiles>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
     forward_kernel(const __grid_constant__ ForwardParams params,
-                   const __grid_constant__ QueryTiles tiles,
-                   const __grid_constant__ ForwardMaps maps) {
+                   const __grid_constant__ Tiles tiles,
+                   const __grid_constant__ ForwardMaps<Tiles::kBranches> maps) {
   extern __shared__ __align__(1024) char shared_memory[];
   auto& smem = *reinterpret_cast<typename Config::SharedMemory*>(shared_memory);
   if (threadIdx.x == 0) {
     constexpr int kWarps = 4 * Config::kConsumers;
-    smem.query_ring.init(2 * 32, kWarps);               // of each lane: its copies, its intervals
+    // Of each lane: its copies, its intervals; and whether there are keys. Emptied by the warps
+    // that load earlier output and store.
+    smem.query_ring.init(2 * 32 + 1, 2);
+    for (uint64_t& found : smem.found) ptx::mbarrier_init(found, 1);
+    for (auto& stage : smem.computed) {
+      for (uint64_t& computed : stage) ptx::mbarrier_init(computed, 4);
+    }
+    for (uint64_t& full : smem.earlier_full) ptx::mbarrier_init(full, 32);
+    for (uint64_t& empty : smem.earlier_empty) ptx::mbarrier_init(empty, 1);
     smem.k_ring.init(32 + Config::kConsumers, kWarps);  // and how each part sees the tile
     smem.v_ring.init(32, kWarps);
     ptx::fence_mbarrier_init();
@@ -259,10 +422,19 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
     ptx::give_registers<Config::kLoadRegisters>();
-    if (threadIdx.x < 32) load<Config>(smem, params, tiles, maps);
+    const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
+    if (warp == 0) {
+      load_queries<Config>(smem, params, tiles, maps);
+    } else if (warp == 1) {
+      load_keys<Config, Tiles>(smem, params, maps);
+    } else if (warp == 2) {
+      load_earlier<Config>(smem, params, tiles, maps);
+    } else {
+      store<Config, Tiles>(smem, params, maps);
+    }
   } else {
     ptx::take_registers<Config::kComputeRegisters>();
-    compute<Config>(smem, params, maps, warpgroup - 1);
+    compute<Config, Tiles>(smem, params, maps, warpgroup - 1);
   }
 }
 

@@ -2,23 +2,24 @@
 #pragma once
 
 #include "attention/short_groups.h"
+#include "sm80/forward/launch.h"
 #include "sm90/forward/kernel.cuh"
 #include "sm90/forward/launch.h"
 #include "sm90/launch_staying.cuh"
 
 namespace sparse_attn::sm90::forward {
 
-template <class T, int kHeadDim, int kHeadDimV, Reach kReach>
-void launch_reach(const ForwardParams& params) {
-  using Config = Config<T, kHeadDim, kHeadDimV, kReach>;
-  const Branch& branch = params.branch;
-  const bool has_blocks = branch.blocks.rows != nullptr;
+template <class Config>
+BranchMaps maps_of(const ForwardParams& params, const Branch& branch) {
   // Then a tile ends with its block, and shows no key that maybe no query attends.
-  REQUIRE(!has_blocks || branch.blocks.size % Config::kTileKeys == 0,
+  REQUIRE(branch.blocks.rows == nullptr || branch.blocks.size % Config::kTileKeys == 0,
           "a block must hold whole tiles");
-  ForwardMaps maps;
+  BranchMaps maps;
   maps.q = ViewMap::of<typename Config::QueryPart>(
       params.q, branch.queries, params.head_dim, params.heads, params.batch, params.element, true);
+  maps.out =
+      ViewMap::of<typename Config::OutputPart>(params.out, branch.queries, params.head_dim_v,
+                                               params.heads, params.batch, params.element, true);
   maps.some_copied = !maps.q.holds_all(branch.queries, true);
   for (int i = 0; i < branch.segment_count; ++i) {
     const SequenceView& view = branch.segments[i].keys;
@@ -30,21 +31,68 @@ void launch_reach(const ForwardParams& params) {
     maps.some_copied |=
         !maps.k[i].holds_all(view, from_first) || !maps.v[i].holds_all(view, from_first);
   }
+  return maps;
+}
+
+// One branch.
+template <class T, int kHeadDim, int kHeadDimV, Reach kReach>
+void launch_one(const ForwardParams& params) {
+  using Config = Config<T, kHeadDim, kHeadDimV, kReach, 1>;
+  const Branch& branch = params.branches[0];
   launch_staying<Config>(
-      forward_kernel<Config>, params,
-      QueryTiles::of(branch, Config::kTileQueries, params.first_head, params.head_count,
-                     params.batch, Config::kMany || has_blocks ? Order::by_length : Order::by_head),
-      maps);
+      forward_kernel<Config, QueryTiles>, params,
+      QueryTiles::of(
+          branch, Config::kTileQueries, params.first_head, params.head_count, params.batch,
+          Config::kMany || branch.blocks.rows != nullptr ? Order::by_length : Order::by_head),
+      ForwardMaps<1>{{maps_of<Config>(params, branch)}});
+}
+
+// Two branches of few keys, the second close behind the first.
+template <class T, int kHeadDim, int kHeadDimV>
+void launch_two(const ForwardParams& params) {
+  using Config = Config<T, kHeadDim, kHeadDimV, Reach::few, 2>;
+  CHECK_CUDA(cudaMemsetAsync(params.counters, 0,
+                             sizeof(int) * (1 + params.batch * params.head_count),
+                             static_cast<cudaStream_t>(params.stream)));
+  // A CTA computes one item and loads the next. Tuned on an H100: 1 waits longer, 2 leaves L2.
+  const int distance = 3 * ctas_of<Config>(params.device) / 2;
+  launch_staying<Config>(forward_kernel<Config, MergedTiles>, params,
+                         MergedTiles::of(params.branches, Config::kTileQueries, params.first_head,
+                                         params.head_count, params.batch, distance),
+                         ForwardMaps<2>{{maps_of<Config>(params, params.branches[0]),
+                                         maps_of<Config>(params, params.branches[1])}});
+}
+
+// Few keys are bound by bytes, which the second branch finds in L2. Many are bound by arithmetic,
+// groups shorter than half a tile by latency.
+inline bool go_together(const ForwardParams& params) {
+  bool together = params.branch_count == 2 && params.counters != nullptr;
+  for (int i = 0; i < params.branch_count; ++i) {
+    const Branch& branch = params.branches[i];
+    together =
+        together && reach_of(branch) == Reach::few && branch.queries.max_rows > kWarpgroupRows;
+  }
+  return together;
 }
 
 template <class T, int kHeadDim, int kHeadDimV>
 void launch(const ForwardParams& call) {
+  constexpr bool kMerges = Config<T, kHeadDim, kHeadDimV, Reach::few, 1>::kMerges;
+  const bool together = kMerges && go_together(call);
+  if (call.branch_count > 1 && !together) {
+    return one_by_one(call, launch<T, kHeadDim, kHeadDimV>);
+  }
+  if (call.merge && !kMerges) return sm80::forward::launch<T, kHeadDim, kHeadDimV>(call);
   ForwardParams params = call;
-  params.branch = with_short_groups_together(params.branch, 2 * kWarpgroupRows);
-  if (reach_of(params.branch) == Reach::many) {
-    launch_reach<T, kHeadDim, kHeadDimV, Reach::many>(params);
+  for (int i = 0; i < params.branch_count; ++i) {
+    params.branches[i] = with_short_groups_together(params.branches[i], 2 * kWarpgroupRows);
+  }
+  if (together) {
+    if constexpr (kMerges) launch_two<T, kHeadDim, kHeadDimV>(params);
+  } else if (reach_of(params.branches[0]) == Reach::many) {
+    launch_one<T, kHeadDim, kHeadDimV, Reach::many>(params);
   } else {
-    launch_reach<T, kHeadDim, kHeadDimV, Reach::few>(params);
+    launch_one<T, kHeadDim, kHeadDimV, Reach::few>(params);
   }
 }
 

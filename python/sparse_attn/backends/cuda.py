@@ -145,6 +145,7 @@ class ForwardCall:
         self._pattern, self._scale, self._sm90 = pattern, scale, sm90
         self._device: int = q.device.index
         self._aligned = all(map(_has_aligned_rows, (q, k, v)))
+        self._counters = _counters(pattern.rule, q) if sm90 else 0
         if self._aligned:
             self._launch = _forward_launches(
                 q, k, v, out, pattern.rule, _layout_heads(pattern), scale, sm90
@@ -166,6 +167,8 @@ class ForwardCall:
             call = ForwardCall(self._pattern, self._scale, *metas, sm90=self._sm90)
             return call(q, k, v, layout, out, lse)
         rows = _block_rows(self._pattern, layout, keys_own=False)
+        # Of this call alone: calls on other streams, or in a graph, run at the same time.
+        counters = lse.new_empty(self._counters, dtype=torch.int32) if self._counters else None
         self._launch(
             q_address,
             k_address,
@@ -173,6 +176,7 @@ class ForwardCall:
             out.data_ptr(),
             lse.data_ptr(),
             _address(rows),
+            _address(counters),
             _stream(self._device),
         )
 
@@ -287,7 +291,7 @@ def _forward_launches(
     scale: float,
     sm90: bool,
 ) -> _C.ForwardCall:
-    """One for each range of heads and each branch of its plan."""
+    """One for each range of heads."""
     call = {
         **_strides(q=q, k=k, v=v, out=out),
         **_sizes(q, k, v),
@@ -296,18 +300,23 @@ def _forward_launches(
     }
     launches = [
         native().ForwardParams(
-            branch=branch,
-            merge=number > 0,
+            branches=_with_layout(
+                native_plan(pattern, q.shape[2]), pattern, q.shape[2], layout_heads
+            ),
             first_head=heads.start,
             head_count=len(heads),
             **call,
         )
         for heads, pattern in _head_ranges(rule, q.shape[1])
-        for number, branch in enumerate(
-            _with_layout(native_plan(pattern, q.shape[2]), pattern, q.shape[2], layout_heads)
-        )
     ]
     return native().ForwardCall(launches)
+
+
+def _counters(rule: Pattern, q: TensorMeta) -> int:
+    """How many integers order the work of branches in one launch; 0 where there is one branch."""
+    batch, heads, seq, _ = q.shape
+    branches = max(len(plan(pattern, seq)) for _, pattern in _head_ranges(rule, heads))
+    return 1 + batch * heads if branches > 1 else 0
 
 
 @lru_cache(maxsize=1024)

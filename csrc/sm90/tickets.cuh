@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which items a CTA that stays works on, and how an item waits for others of the same launch.
+//
+// Where items wait, they are handed out by tickets: in order, to whoever is there to take the next
+// one. A CTA works on its tickets in order, and an item waits only for smaller tickets. So the
+// least ticket that is not done waits for nobody, whichever CTAs are on the GPU and whatever else
+// runs there. For this to hold nothing may stand between the end of an item and its publication: a
+// warp that publishes does nothing else.
+#pragma once
+
+#include "ptx/counter.cuh"
+#include "sm90/merged_tiles.h"
+
+namespace sparse_attn::sm90 {
+
+// In global memory, 0 before the launch: the next ticket; then, for each (batch, head), how many
+// tiles of the first branch are done.
+struct Counters {
+  int* next;
+
+  __device__ __forceinline__ int* done(int pair) const { return next + 1 + pair; }
+
+  // The same ticket for all lanes of a warp.
+  __device__ __forceinline__ int take() const {
+    int ticket = 0;
+    if (threadIdx.x % 32 == 0) ticket = atomicAdd(next, 1);
+    return __shfl_sync(0xffffffff, ticket, 0);
+  }
+
+  // By one thread that has waited, at a barrier of the CTA, for all that stored a tile's output:
+  // the release covers what they stored.
+  __device__ __forceinline__ void publish(int pair) const { ptx::add_release(done(pair), 1); }
+
+  // By every thread that then reads or copies what was published, or lets others of its CTA do so
+  // after a barrier. Other multiprocessors' stores went through L2, where copies read.
+  __device__ __forceinline__ void wait(int pair, int count) const {
+    while (ptx::load_acquire(done(pair)) < count) __nanosleep(64);
+    ptx::fence_async_proxy_global();
+  }
+};
+
+// The items of this CTA, for a warp; a tile may have no row.
+template <class Tiles>
+struct Items;
+
+// Every so-many-th tile of one branch.
+template <>
+struct Items<QueryTiles> {
+  const QueryTiles& tiles;
+  int round = 0;
+
+  __device__ __forceinline__ Items(const QueryTiles& tiles, Counters) : tiles(tiles) {}
+
+  __device__ __forceinline__ bool next(Item& item, const Branch* branches) {
+    int index;
+    do {
+      if (round * gridDim.x >= tiles.count) return false;
+      index = tiles.index(round++, blockIdx.x, gridDim.x);
+    } while (index >= tiles.count);
+    item = {0, tiles.at(index, branches[0].queries)};
+    return true;
+  }
+};
+
+// By tickets.
+template <>
+struct Items<MergedTiles> {
+  const MergedTiles& tiles;
+  Counters counters;
+
+  __device__ __forceinline__ Items(const MergedTiles& tiles, Counters counters)
+      : tiles(tiles), counters(counters) {}
+
+  __device__ __forceinline__ bool next(Item& item, const Branch* branches) {
+    const int ticket = counters.take();
+    if (ticket >= tiles.count) return false;
+    item = tiles.at(ticket, branches);
+    return true;
+  }
+};
+
+}  // namespace sparse_attn::sm90
