@@ -338,7 +338,7 @@ def _backward_launches(
     """The statistics of the queries; then dq, dk and dv for each range of heads and each branch.
 
     A kernel that sums all gradients of a branch may find the statistics on the way, for those after
-    it too: where each range of heads begins with one, no launch is needed for them, and where there is
+    it too. Where each range of heads begins with one, no launch is needed for them; where there is
     no other, no memory. The bool says whether there must be some.
     """
     sizes = _sizes(q, k, v)
