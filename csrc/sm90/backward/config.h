@@ -50,13 +50,14 @@ struct Config {
   static constexpr int kOwnStages = kWide ? 1 : 2;
   // Whether the sums of a tile run beside the products of the next one: not where the registers of
   // the sums leave no room.
-  static constexpr bool kOverlapsSums = kNarrow ? kOwnsQueries : kHeadDim + kHeadDimV <= 192;
+  static constexpr bool kOverlapsSums =
+      kNarrow ? kOwnsQueries : kHeadDim + kHeadDimV <= (kOwnsQueries ? 192 : 128);
   // Rows of 64 bytes, or of many boxes, come faster as copies of 128 threads than by tensor map.
   static constexpr bool kByMap = !kNarrow && !kWide;
   // On a multiprocessor; then the registers of a lane that loads and of one that computes.
   static constexpr int kCtas = kNarrow ? 2 : 1;
-  static constexpr int kLoadRegisters = kNarrow ? 48 : kWide ? 72 : 40;
-  static constexpr int kComputeRegisters = kNarrow ? 96 : kWide ? 216 : 232;
+  static constexpr int kLoadRegisters = kNarrow ? 48 : kWide ? 88 : 56;
+  static constexpr int kComputeRegisters = kNarrow ? 96 : kWide ? 208 : 224;
   // What a CTA starts with is all there is to share.
   static constexpr int kRegisters = 65536 / (kCtas * kThreads) / 8 * 8;
   static_assert(kLoadRegisters + kConsumers * kComputeRegisters <= (1 + kConsumers) * kRegisters);
