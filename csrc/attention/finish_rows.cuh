@@ -28,7 +28,7 @@ __device__ __forceinline__ void finish_rows(const Output& out, OutputTile& out_s
     share[i] = own_weight * inverse;
     earlier_share[i] = earlier_weight * inverse;
     __syncwarp();  // four lanes read the earlier lse of a row, then one writes the new one
-    if (threadIdx.x % 4 == 0 && lse[i] != nullptr) *lse[i] = (top + __log2f(total)) * kLn2;
+    if (threadIdx.x % 4 == 0 && lse[i] != nullptr) *lse[i] = fmaf(top, kLn2, logf(total));
   }
   write_rows<T>(out_smem, out, share, earlier_share, merge);
 }
