@@ -60,6 +60,16 @@ struct Rounded {
   }
 };
 
+// Keeps registers that a wgmma reads from being reused before this point.
+template <class T, class Tile>
+__device__ __forceinline__ void keep(Rounded<T, Tile>& rounded) {
+#pragma unroll
+  for (auto& fragment : rounded.at) {
+#pragma unroll
+    for (uint32_t& pair : fragment) asm volatile("" : "+r"(pair)::"memory");
+  }
+}
+
 // Starts sum += a b.
 template <class T, class Sum, class TileA, class TileB>
 __device__ __forceinline__ void start_multiply_add(Sum& sum, const Rounded<T, TileA>& a,

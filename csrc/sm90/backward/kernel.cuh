@@ -169,16 +169,6 @@ __device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& p
   ptx::mbarrier_arrive(smem.own_ring.full[own_place.stage]);
 }
 
-// Keeps registers that a wgmma reads from being reused before this point.
-template <class T, class Tile>
-__device__ __forceinline__ void keep(Rounded<T, Tile>& rounded) {
-#pragma unroll
-  for (auto& fragment : rounded.at) {
-#pragma unroll
-    for (uint32_t& pair : fragment) asm volatile("" : "+r"(pair)::"memory");
-  }
-}
-
 // A warpgroup that computes the `number`-th 64 rows of every own tile.
 template <class Config, class SharedMemory>
 __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams& params,

@@ -297,16 +297,6 @@ __device__ __forceinline__ int slot_of(int part, int keys) {
   return part == 0 ? keys : (keys + 2) % 4;
 }
 
-// Keeps registers that a wgmma reads from being reused before this point.
-template <class T, class Tile>
-__device__ __forceinline__ void keep(Rounded<T, Tile>& rounded) {
-#pragma unroll
-  for (auto& fragment : rounded.at) {
-#pragma unroll
-    for (uint32_t& pair : fragment) asm volatile("" : "+r"(pair)::"memory");
-  }
-}
-
 // A warpgroup that computes the `number`-th 64 keys of every tile.
 template <class Config, class SharedMemory>
 __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams& params,
