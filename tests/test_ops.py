@@ -248,6 +248,18 @@ def test_compile_around_other_work() -> None:
     assert counter.frame_count <= 2
 
 
+def test_compiled_autograd_takes_the_operator_whole() -> None:
+    compiler = torch.compile(backend="eager", fullgraph=True)
+    for n in LENGTHS:
+        q, k, v = (x.requires_grad_() for x in inputs(n))
+        wanted = torch.autograd.grad(sa.attention(q, k, v, PATTERNS[0]).sum(), (q, k, v))
+        with torch._dynamo.compiled_autograd._enable(compiler):
+            sa.attention(q, k, v, PATTERNS[0]).sum().backward()
+        for name, x, gradient in zip("qkv", (q, k, v), wanted, strict=True):
+            assert x.grad is not None
+            assert_same_bits(f"d{name}", x.grad, gradient)
+
+
 @pytest.mark.parametrize("pattern", [PATTERNS[0], PATTERNS[5]], ids=str)
 def test_compile_module(pattern: Any) -> None:
     module = sa.SelfAttention(128, 4, pattern)

@@ -20,11 +20,6 @@ __device__ __forceinline__ void tma_load(void* smem, const CUtensorMap& map, int
       : "memory");
 }
 
-// Brings the cache line of an address to L2.
-__device__ __forceinline__ void prefetch_l2(const void* gmem) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(gmem));
-}
-
 // Likewise; the L2 cache gives up these bytes first.
 __device__ __forceinline__ void tma_load_last(void* smem, const CUtensorMap& map, int column,
                                               int place, int run, int head, int batch,
@@ -37,6 +32,11 @@ __device__ __forceinline__ void tma_load_last(void* smem, const CUtensorMap& map
       "l"(&map), "r"(column), "r"(place), "r"(run), "r"(head), "r"(batch),
       "r"(shared_address(&barrier)), "l"(policy)
       : "memory");
+}
+
+// Brings the cache line of an address to L2.
+__device__ __forceinline__ void prefetch_l2(const void* gmem) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(gmem));
 }
 
 // One thread starts copying shared memory to the box of a map; nothing where the tensor ends. What

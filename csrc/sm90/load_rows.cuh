@@ -74,8 +74,8 @@ struct Rows {
         head(head),
         batch(batch) {}
 
-  // Stores rows [first_row, end_row) of a group, likewise: by a warp, whose first lane then waits
-  // for the copy.
+  // Stores rows [first_row, end_row) of a group, with the map if it holds them: by a warp, whose
+  // first lane then waits for the copy.
   template <class Tile>
   __device__ __forceinline__ void store(Tile& tile_smem, int group, int first_row,
                                         int end_row) const {

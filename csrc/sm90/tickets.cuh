@@ -4,8 +4,9 @@
 // Where items wait, they are handed out by tickets: in order, to whoever is there to take the next
 // one. A CTA works on its tickets in order, and an item waits only for smaller tickets. So the
 // least ticket that is not done waits for nobody, whichever CTAs are on the GPU and whatever else
-// runs there. For this to hold nothing may stand between the end of an item and its publication: a
-// warp that publishes does nothing else.
+// runs there. For this to hold nothing that waits for a greater ticket may stand between the end of
+// an item and its publication: the warp that stores publishes right after, in order; an item
+// without rows is published as soon as it is taken.
 #pragma once
 
 #include "ptx/counter.cuh"

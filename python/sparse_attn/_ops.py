@@ -61,7 +61,7 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The operator ``forward``, past the dispatcher where that has nothing to add to the time."""
     inputs = (q, k, v, layout, pattern, scale, backend)
-    if torch.compiler.is_compiling() or not _is_plain(q, k, v):
+    if not _is_plain(q, k, v) or not (layout is None or _is_plain(layout)):
         return torch.ops.sparse_attn.forward.default(*inputs)
     if _needs_gradients(q, k, v):
         return _Forward.apply(_forward, *inputs)
@@ -70,13 +70,14 @@ def attention(
 
 def _is_plain(*tensors: torch.Tensor) -> bool:
     """Whether a call on them means work on their memory: no subclass, no lazy negative, no mode."""
-    if tensors[0].is_meta:
+    if torch.compiler.is_compiling() or tensors[0].is_meta:
         return False
     for x in tensors:
         if type(x) is not torch.Tensor or x.is_neg():
             return False
     keys = torch._C._dispatch_tls_local_include_set().raw_repr()
-    return keys in _KEYS_WITHOUT_MODE and not torch.autograd._profiler_enabled()
+    watched = torch._C._is_torch_function_mode_enabled() or torch.autograd._profiler_enabled()
+    return keys in _KEYS_WITHOUT_MODE and not watched
 
 
 def check(
@@ -364,7 +365,10 @@ class _Forward(torch.autograd.Function):
         q, k, v, layout, out, lse = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
         inputs = (dout, dlse, q, k, v, out, lse, layout, *ctx.options)
-        return None, *_differentiable_backward(*inputs), None, None, None, None
+        # Compiled autograd takes the operator whole.
+        compiling = torch.compiler.is_compiling()
+        run = torch.ops.sparse_attn.backward.default if compiling else _differentiable_backward
+        return None, *run(*inputs), None, None, None, None
 
 
 class _Backward(torch.autograd.Function):

@@ -31,6 +31,8 @@ struct Maps {
 template <class Config>
 void launch_config(const BackwardParams& params) {
   const Branch& branch = params.branch;
+  REQUIRE(branch.blocks.rows == nullptr || branch.blocks.size % kWarpgroupRows == 0,
+          "a block must hold whole parts of a tile");
   const Maps<typename Config::Own, typename Config::OwnV> own{params, Config::kOwnsQueries};
   const Maps<typename Config::Streamed, typename Config::StreamedV> streamed{params,
                                                                              !Config::kOwnsQueries};

@@ -66,7 +66,8 @@ void launch_two(const ForwardParams& params) {
 // Few keys are bound by bytes, which the second branch finds in L2. Many are bound by arithmetic,
 // groups shorter than half a tile by latency.
 inline bool go_together(const ForwardParams& params) {
-  bool together = params.branch_count == 2 && params.counters != nullptr;
+  // The first branch must not wait for earlier ones, which the counters do not count.
+  bool together = params.branch_count == 2 && !params.merge && params.counters != nullptr;
   for (int i = 0; i < params.branch_count; ++i) {
     const Branch& branch = params.branches[i];
     together =

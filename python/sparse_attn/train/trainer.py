@@ -82,7 +82,7 @@ class Trainer:
     def step(self, done: float | None = None) -> float:
         """One optimiser step; returns the loss in bits per value.
 
-        `done` is the share of the training that is over, by default the share of steps. A loss or
+        `done` is the share of the training that is over, by default the share of steps. A
         gradient that is not finite leaves the weights as they are: under fp16 the step is skipped
         and the loss scale halved.
 
@@ -121,7 +121,7 @@ class Trainer:
         return total
 
     def _check_finite(self, bits: float) -> None:
-        """Where no other loss scale will help: stop. The weights are those before the step."""
+        """Where no other loss scale will help: stop."""
         training = self.training
         if training.precision == "fp16":
             return
