@@ -31,9 +31,9 @@ from sparse_attn.model import SparseTransformer, SparseTransformerConfig, preset
 from sparse_attn.model.generation import Decoder, sample
 from sparse_attn.train.precision import pick_device
 
-from .experiments import FOLDER, MOST_TOKEN_GROWTH, music_config
+from .experiments import FOLDER, MOST_TOKEN_GROWTH, SCHEMA, lengths, music_config, read_kind, write
 from .floors import Rates
-from .results import OURS, ROOT, Growth, Machine, _build, describe_machine, file_name
+from .results import OURS, ROOT, Growth, Machine, describe_machine, file_name
 from .timing import (
     Call,
     Clock,
@@ -50,8 +50,6 @@ from .timing import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.console import Console
-
-SCHEMA = 1
 
 PATTERNS: dict[str, Pattern] = {
     "Local(256)": Local(256),
@@ -206,20 +204,9 @@ class Decoding:
     schema: int = SCHEMA
 
 
-def write(decoding: Decoding, folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / file_name(decoding.kind, decoding.machine)
-    path.write_text(json.dumps(dataclasses.asdict(decoding), indent=1, allow_nan=False) + "\n")
-    return path
-
-
 def read(path: Path) -> Decoding:
     """What a file holds; ValueError says where it does not keep to the schema."""
-    document = json.loads(path.read_text())
-    known = isinstance(document, dict) and document.get("kind") == "decode"
-    if not known or document.get("schema") != SCHEMA:
-        raise ValueError(f"{path} does not hold results of decode, schema {SCHEMA}")
-    decoding = _build(Decoding, document, path.name)
+    decoding = read_kind(path, {"decode": Decoding}, "results of decode,")
     assert isinstance(decoding, Decoding)
     return decoding
 
@@ -267,19 +254,6 @@ class StepCase:
         q, k, v = torch.randn(shape, dtype=dtype, device=device).unbind()
         decode = cuda_decode.decode if device.type == "cuda" else torch_decode.decode
         return partial(decode, q, k, v, cache, HEAD_DIM**-0.5, torch.empty_like(q))
-
-
-def lengths(shortest: int, longest: int) -> list[int]:
-    """Each four times the one before. ValueError if there are not two, which a fit takes."""
-    found: list[int] = []
-    while shortest > 0 and shortest << 2 * len(found) <= longest:
-        found.append(shortest << 2 * len(found))
-    if len(found) < 2:
-        raise ValueError(
-            f"shortest is {shortest} and longest {longest}, wanted one above 0 and one four times "
-            "that"
-        )
-    return found
 
 
 def caches_that_fit(case: StepCase, dtype: torch.dtype, device: torch.device) -> int:
@@ -691,7 +665,7 @@ def measure(
     parts = [name.strip() for name in arguments.parts.split(",")]
     if not set(parts) <= set(PARTS):
         raise ValueError(f"parts are {arguments.parts!r}, wanted some of {', '.join(PARTS)}")
-    ns = lengths(arguments.shortest, arguments.longest)
+    ns = lengths(arguments.shortest, arguments.longest, 4)
     batches = [_positive("batches", text) for text in arguments.batches.split(",")]
     _positive("samples", arguments.samples)
     contexts = [preset_config(preset, arguments).context for preset in PRESETS]

@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -167,7 +167,8 @@ Experiment = Table2 | Million
 KINDS = {"table2": Table2, "million": Million}
 
 
-def write(experiment: Experiment, folder: Path) -> Path:
+def write(experiment: Any, folder: Path) -> Path:
+    """Writes a dataclass with a `kind` and a `machine` to the file of both."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / file_name(experiment.kind, experiment.machine)
     path.write_text(json.dumps(dataclasses.asdict(experiment), indent=1, allow_nan=False) + "\n")
@@ -176,13 +177,18 @@ def write(experiment: Experiment, folder: Path) -> Path:
 
 def read(path: Path) -> Experiment:
     """The experiment in a file; ValueError says where it does not keep to the schema."""
-    document = json.loads(path.read_text())
-    known = isinstance(document, dict) and document.get("kind") in KINDS
-    if not known or document.get("schema") != SCHEMA:
-        raise ValueError(f"{path} does not hold an experiment of schema {SCHEMA}")
-    experiment = _build(KINDS[document["kind"]], document, path.name)
+    experiment = read_kind(path, KINDS, "an experiment of")
     assert isinstance(experiment, Table2 | Million)
     return experiment
+
+
+def read_kind(path: Path, kinds: Mapping[str, type], what: str) -> Any:
+    """What `write` wrote, of one of some kinds; ValueError as `read`, in the words of `what`."""
+    document = json.loads(path.read_text())
+    known = isinstance(document, dict) and document.get("kind") in kinds
+    if not known or document.get("schema") != SCHEMA:
+        raise ValueError(f"{path} does not hold {what} schema {SCHEMA}")
+    return _build(kinds[document["kind"]], document, path.name)
 
 
 # Data
@@ -623,14 +629,15 @@ def music_config(context: int) -> SparseTransformerConfig:
     return replace(presets.music(1_048_576), context=context, stride=stride)
 
 
-def lengths(shortest: int, longest: int) -> list[int]:
-    """Doubling from the shortest. ValueError if there are not two, which a fit takes."""
+def lengths(shortest: int, longest: int, step: Literal[2, 4] = 2) -> list[int]:
+    """Each `step` times the one before. ValueError if there are not two, which a fit takes."""
     found: list[int] = []
-    while shortest > 0 and shortest << len(found) <= longest:
-        found.append(shortest << len(found))
+    while shortest > 0 and shortest * step ** len(found) <= longest:
+        found.append(shortest * step ** len(found))
     if len(found) < 2:
+        times = {2: "twice", 4: "four times"}[step]
         raise ValueError(
-            f"shortest is {shortest} and longest {longest}, wanted one above 0 and one twice that"
+            f"shortest is {shortest} and longest {longest}, wanted one above 0 and one {times} that"
         )
     return found
 

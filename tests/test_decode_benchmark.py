@@ -135,11 +135,11 @@ def test_growth_of_given_times() -> None:
 
 
 def test_lengths_are_four_times_the_one_before() -> None:
-    assert decoding.lengths(4096, 262144) == [4096, 16384, 65536, 262144]
-    assert decoding.lengths(100, 1599) == [100, 400]
+    assert decoding.lengths(4096, 262144, 4) == [4096, 16384, 65536, 262144]
+    assert decoding.lengths(100, 1599, 4) == [100, 400]
     for shortest, longest in ((100, 399), (0, 100), (-1, 9)):
         with pytest.raises(ValueError, match="four times"):
-            decoding.lengths(shortest, longest)
+            decoding.lengths(shortest, longest, 4)
 
 
 def test_slices_span_the_context_and_the_estimate_its_tokens() -> None:
