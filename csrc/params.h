@@ -141,6 +141,12 @@ struct BackwardParams {
   void* stream;  // cudaStream_t
 };
 
+// The kv head of a query head, for forward and backward params. (heads * kv_heads is no int.)
+template <class Params>
+HOST_DEVICE int kv_head_of(const Params& params, int head) {
+  return head / (params.heads / params.kv_heads);
+}
+
 // Packs a layout of blocks into the rows of a branch.
 struct BlockRowsParams {
   const bool* layout;  // (heads, blocks, blocks) in any memory order

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kLeastCtas)
     smem.rows =
         QueryTile::of(blockIdx.x, branch, Config::kTileOwn, 0, params.head_count / together);
     smem.rows.head = params.first_head + smem.rows.head * together;
-    smem.kv_head = smem.rows.head / (params.heads / params.kv_heads);
+    smem.kv_head = kv_head_of(params, smem.rows.head);
   }
   __syncthreads();
   const QueryTile& own = smem.rows;

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kLeastCtas)
   if (threadIdx.x == 0) {
     const QueryTile tile = QueryTile::of(blockIdx.x, branch, Config::kTileQueries,
                                          params.first_head, params.head_count);
-    const int kv_head = tile.head / (params.heads / params.kv_heads);
+    const int kv_head = kv_head_of(params, tile.head);
     smem.queries = tile;
     smem.k_gmem = head_gmem<const T>(params.k, tile.batch, kv_head);
     smem.v_gmem = head_gmem<const T>(params.v, tile.batch, kv_head);

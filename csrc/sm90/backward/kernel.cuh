@@ -23,10 +23,6 @@ namespace sparse_attn::sm90::backward {
 
 enum Barrier { kLoadBarrier = 1, kComputeBarrier };  // 0 is __syncthreads
 
-__device__ __forceinline__ int kv_head_of(const BackwardParams& params, int head) {
-  return head / (params.heads / params.kv_heads);
-}
-
 // The streamed tiles of a tile of own rows, over the heads summed together.
 template <class Config>
 struct Walk {

@@ -24,10 +24,6 @@ struct Maps {
   ViewMap q, k, v, dout, out;
 };
 
-__device__ __forceinline__ int kv_head_of(const BackwardParams& params, int head) {
-  return head / (params.heads / params.kv_heads);
-}
-
 __device__ __forceinline__ QueryTile tile_before(const QueryTile& tile) {
   return {tile.batch, tile.head, tile.group, tile.first_row - kTileRows, kTileRows};
 }

@@ -107,7 +107,7 @@ __device__ __forceinline__ void load_keys(SharedMemory& smem, const ForwardParam
       smem.any_keys[stage] = more;
       ptx::mbarrier_arrive(smem.query_ring.full[stage]);
     }
-    const int kv_head = queries.head / (params.heads / params.kv_heads);
+    const int kv_head = kv_head_of(params, queries.head);
     while (more) {
       KeyTile tile = walk.tile;
       const bool keeps = walk.keeps();
