@@ -34,11 +34,6 @@ __device__ __forceinline__ void tma_load_last(void* smem, const CUtensorMap& map
       : "memory");
 }
 
-// Brings the cache line of an address to L2.
-__device__ __forceinline__ void prefetch_l2(const void* gmem) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(gmem));
-}
-
 // One thread starts copying shared memory to the box of a map; nothing where the tensor ends. What
 // was written there by ordinary stores needs fence_async_proxy first.
 __device__ __forceinline__ void tma_store(const CUtensorMap& map, const void* smem, int column,

@@ -97,21 +97,6 @@ __device__ __forceinline__ void load_part(Tile& part_smem, uint64_t& full, const
       .template load<32>(part_smem, full, part.group, part.first_row, part.first_row + part.rows);
 }
 
-// Brings rows of a head to L2, by a warp.
-template <class T>
-__device__ __forceinline__ void prefetch_rows(const TensorView& tensor, const SequenceView& view,
-                                              const QueryTile& tile, int head_dim) {
-  const T* gmem = head_gmem<const T>(tensor, tile.batch, tile.head);
-#pragma unroll 1
-  for (int row = threadIdx.x % 32; row < tile.rows; row += 32) {
-    const int64_t token = view.position(tile.group, tile.first_row + row);
-#pragma unroll 1
-    for (int column = 0; column < head_dim; column += 64) {
-      ptx::prefetch_l2(gmem + token * tensor.row_stride + column);
-    }
-  }
-}
-
 // The warp that loads queries, and finds the steps.
 template <class Config, class SharedMemory>
 __device__ __forceinline__ void load_queries(SharedMemory& smem, const BackwardParams& params,
@@ -150,7 +135,6 @@ __device__ __forceinline__ void load_queries(SharedMemory& smem, const BackwardP
       load_part<T>(smem.dout[place.stage], full, maps.dout, view, params.dout, params.head_dim_v,
                    part.head, part);
       arrive_loaded(full);
-      if (params.accumulate) prefetch_rows<T>(params.dq, view, part, params.head_dim);
       place.advance();
     }
     step_place.advance();
@@ -216,10 +200,6 @@ __device__ __forceinline__ void load_keys(SharedMemory& smem, const BackwardPara
       __syncwarp();
       band.seen = seen_parts(band, tile.rows);
       arrive_loaded(k_full);
-      if (params.accumulate) {
-        prefetch_rows<T>(params.dk, view, tile, params.head_dim);
-        prefetch_rows<T>(params.dv, view, tile, params.head_dim_v);
-      }
       place.advance();
     }
     step_place.arrive_empty(smem.step_ring);
@@ -393,8 +373,8 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
     const Target target = {params.dq,       branch.queries,
                            step.tile,       part * kWarpgroupRows + warp_row,
                            params.head_dim, params.accumulate};
-    const Outgoing<T, typename Config::GradientQ> dq(
-        gradient_q, params.scale, smem.dout[query_place.stage], warp_row, target);
+    const Outgoing<T, typename Config::GradientQ> dq(gradient_q, params.scale,
+                                                     smem.dout[query_place.stage], warp_row);
     ptx::fence_async_proxy();  // between shared memory and the next queries; before the stores
     query_place.arrive_empty(smem.query_ring);
     dq.store(target);
@@ -455,10 +435,9 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
         const Target target_v = target(params.dv, params.head_dim_v);
         auto& v_smem = smem.v[key_place.stage][number];
         sync();  // no warp's wgmma reads these values any more
-        const Outgoing<T, typename Config::GradientK> dk(gradient_k, params.scale, v_smem, warp_row,
-                                                         target_k);
-        const Outgoing<T, typename Config::GradientV> dv(gradient_v, 1.f, v_smem, warp_row,
-                                                         target_v);
+        const Outgoing<T, typename Config::GradientK> dk(gradient_k, params.scale, v_smem,
+                                                         warp_row);
+        const Outgoing<T, typename Config::GradientV> dv(gradient_v, 1.f, v_smem, warp_row);
         ptx::fence_async_proxy();  // before the stores, for which it would wait
         key_place.arrive_empty(smem.v_ring);
         dk.store(target_k);
