@@ -311,8 +311,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("cover", &cover_bytes, py::arg("branches"), py::arg("length"), py::arg("tile_queries"),
              py::arg("tile_keys"));
   module.def("sums_at_once", &sm90::backward_band::fits, py::arg("branch"));
-  module.def("finds_stats", &sm90::backward_band::finds_stats, py::arg("head_dim"),
-             py::arg("head_dim_v"));
   module.attr("most_head_dim_at_once") = sm90::backward_band::kMostHeadDim;
   module.def("build_info", &build_info);
   module.attr("max_chunks") = kMaxChunks;

@@ -133,8 +133,8 @@ struct BackwardParams {
   Branch branch;  // transposed unless queries own: its queries are the keys
   // Add to what the gradients already hold: the branches before this one.
   bool accumulate;
-  // If both own and the kernel can: find the statistics in out, lse and dlse, and leave them in
-  // `stats` unless it is null. Else they are there.
+  // If both own: find the statistics in out, lse and dlse, and leave them in `stats` unless it is
+  // null. Else they are there.
   bool finds_stats;
 
   int device;

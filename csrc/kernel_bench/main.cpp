@@ -99,8 +99,7 @@ void run_backward(const PlanFile& plan, const Tensors& tensors, Kernels kernels,
     params.heads_together = 1;
     params.out = tensors.view(tensors.out, tensors.heads, tensors.head_dim_v);
     params.lse = tensors.lse.data();
-    params.finds_stats = sm90::backward_band::finds_stats(tensors.head_dim, tensors.head_dim_v);
-    if (!params.finds_stats) run_row_stats(tensors, device);
+    params.finds_stats = true;
     for (const Branch& branch : plan.transposed) {
       params.branch = branch;
       backward(params);

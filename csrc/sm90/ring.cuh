@@ -26,6 +26,10 @@ struct Place {
   int stage = 0;
   int round = 0;  // parity of the times around
 
+  // Of the `number`-th use of a stage.
+  static __device__ __forceinline__ Place of(int number) {
+    return {number % kStages, number / kStages % 2};
+  }
   __device__ __forceinline__ void advance() {
     if (++stage == kStages) stage = 0, round ^= 1;
   }

@@ -41,9 +41,6 @@ def cover(branches: list[Branch], length: int, tile_queries: int, tile_keys: int
 
 # Whether one kernel of compute capability 9.0 sums all gradients of a branch, here transposed.
 def sums_at_once(branch: Branch) -> bool: ...
-
-# Whether it also finds the statistics of the queries, at these head dims.
-def finds_stats(head_dim: int, head_dim_v: int) -> bool: ...
 def build_info() -> dict[str, str]: ...
 
 # Only in a build with CUDA kernels.

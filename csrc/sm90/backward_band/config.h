@@ -2,8 +2,6 @@
 // Constants and shared memory of the Hopper backward kernel of bands.
 #pragma once
 
-#include <type_traits>
-
 #include "attention/register_tile.cuh"
 #include "attention/shared_tile.cuh"
 #include "params.h"
@@ -33,8 +31,6 @@ struct alignas(16) Stats {
   float delta[kWarpgroupRows];
 };
 
-struct Nothing {};
-
 // A tile of queries beside the keys of the tile before, and of its own rows.
 struct Step {
   QueryTile tile;   // no row: the last step
@@ -53,10 +49,12 @@ struct Config {
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kColumns = kHeadDim + kHeadDimV;
   static constexpr int kKeyStages = kColumns <= 128 ? 3 : 2;                          // of 128
+  static constexpr int kValueStages = kColumns <= 128 ? 6 : kColumns <= 192 ? 4 : 3;  // of 64
+  // Values of a tile that load before its keys: others wait for the tile before.
+  static constexpr int kValuesFirst = kValueStages > 3 ? kParts : 1;
   static constexpr int kQueryStages = kColumns <= 128 ? 4 : kColumns <= 192 ? 3 : 2;  // of 64
   static constexpr int kStepStages = 4;
-  static constexpr bool kFindsStats = finds_stats(kHeadDim, kHeadDimV);
-  static constexpr int kOutStages = 3;  // of 64
+  static constexpr int kOutStages = kColumns <= 128 ? 3 : 1;  // of 64
   // Registers of a lane that loads and of one that computes.
   static constexpr int kLoadRegisters = 40;
   static constexpr int kComputeRegisters = 232;
@@ -74,16 +72,17 @@ struct Config {
 
   struct SharedMemory {
     Part k[kKeyStages][kParts];
-    PartV v[kKeyStages][kParts];
+    PartV v[kValueStages];
     Part q[kQueryStages];
     PartV dout[kQueryStages];
     // Gradients of scores, keys by queries; `slot_of` tells where.
     SharedTile<T, kWarpgroupRows, kWarpgroupRows> dscores[4];
-    std::conditional_t<kFindsStats, PartV, Nothing> out[kOutStages];
+    PartV out[kOutStages];
     Stats stats[kQueryStages];
     Band band[kKeyStages];
     Step step[kStepStages];
-    RingBarriers<kKeyStages> k_ring, v_ring;
+    RingBarriers<kKeyStages> k_ring;
+    RingBarriers<kValueStages> v_ring;
     RingBarriers<kQueryStages> query_ring, stats_ring;
     RingBarriers<kOutStages> out_ring;
     RingBarriers<kStepStages> step_ring;

@@ -8,11 +8,6 @@ namespace sparse_attn::sm90::backward_band {
 constexpr int kTileRows = 128;     // of queries, and of keys
 constexpr int kMostHeadDim = 128;  // of either; wider sums fit no registers
 
-// Whether the kernel for these head dims has room to find the statistics of the queries.
-constexpr bool finds_stats(int head_dim, int head_dim_v) {
-  return head_dim <= 64 && head_dim_v <= 64;
-}
-
 inline bool same(const SequenceView& a, const SequenceView& b) {
   return a.length == b.length && a.groups == b.groups && a.max_rows == b.max_rows &&
          a.offset == b.offset && a.group_step == b.group_step && a.run.value == b.run.value &&

@@ -118,16 +118,6 @@ __device__ __forceinline__ void load_queries(SharedMemory& smem, const BackwardP
 #pragma unroll 1
     for (int number = 0; number < step.parts; ++number) {
       const QueryTile part = part_of(step.tile, number);
-      if constexpr (Config::kFindsStats) {
-        if (params.finds_stats) {
-          uint64_t& out_full = smem.out_ring.full[out_place.stage];
-          out_place.wait_empty(smem.out_ring);
-          load_part<T>(smem.out[out_place.stage], out_full, maps.out, view, params.out,
-                       params.head_dim_v, part.head, part);
-          arrive_loaded(out_full);
-          out_place.advance();
-        }
-      }
       uint64_t& full = smem.query_ring.full[place.stage];
       place.wait_empty(smem.query_ring);
       load_part<T>(smem.q[place.stage], full, maps.q, view, params.q, params.head_dim, part.head,
@@ -136,6 +126,14 @@ __device__ __forceinline__ void load_queries(SharedMemory& smem, const BackwardP
                    part.head, part);
       arrive_loaded(full);
       place.advance();
+      if (params.finds_stats) {
+        uint64_t& out_full = smem.out_ring.full[out_place.stage];
+        out_place.wait_empty(smem.out_ring);
+        load_part<T>(smem.out[out_place.stage], out_full, maps.out, view, params.out,
+                     params.head_dim_v, part.head, part);
+        arrive_loaded(out_full);
+        out_place.advance();
+      }
     }
     step_place.advance();
   }
@@ -163,6 +161,7 @@ __device__ __forceinline__ void load_keys(SharedMemory& smem, const BackwardPara
   const SequenceView& view = branch.queries;
   const int lane = threadIdx.x % 32;
   Place<Config::kKeyStages> place;
+  Place<Config::kValueStages> value_place;
   Place<Config::kStepStages> step_place;
   while (true) {
     step_place.wait_full(smem.step_ring);
@@ -172,15 +171,19 @@ __device__ __forceinline__ void load_keys(SharedMemory& smem, const BackwardPara
     for (int before = step.loads_back; before >= 0 && step.own; --before) {
       const QueryTile tile = before ? tile_before(step.tile) : step.tile;
       const int kv_head = kv_head_of(params, tile.head);
-      uint64_t& v_full = smem.v_ring.full[place.stage];
-      place.wait_empty(smem.v_ring);
+      const auto load_values = [&](int number) {
+        uint64_t& full = smem.v_ring.full[value_place.stage];
+        value_place.wait_empty(smem.v_ring);
+        if (number < parts_of(tile)) {
+          load_part<T>(smem.v[value_place.stage], full, maps.v, view, params.v, params.head_dim_v,
+                       kv_head, part_of(tile, number));
+        }
+        arrive_loaded(full);
+        value_place.advance();
+      };
+      int values = 0;
 #pragma unroll 1
-      for (int number = 0; number < parts_of(tile); ++number) {
-        load_part<T>(smem.v[place.stage][number], v_full, maps.v, view, params.v, params.head_dim_v,
-                     kv_head, part_of(tile, number));
-      }
-      arrive_loaded(v_full);
-
+      for (; values < Config::kValuesFirst; ++values) load_values(values);
       uint64_t& k_full = smem.k_ring.full[place.stage];
       Band& band = smem.band[place.stage];
       place.wait_empty(smem.k_ring);
@@ -200,6 +203,8 @@ __device__ __forceinline__ void load_keys(SharedMemory& smem, const BackwardPara
       __syncwarp();
       band.seen = seen_parts(band, tile.rows);
       arrive_loaded(k_full);
+#pragma unroll 1
+      for (; values < kParts; ++values) load_values(values);
       place.advance();
     }
     step_place.arrive_empty(smem.step_ring);
@@ -216,7 +221,7 @@ __device__ __forceinline__ void find_stats(SharedMemory& smem, const BackwardPar
   static_assert(kStatsWarps * 32 == kWarpgroupRows);
   const SequenceView& view = params.branch.queries;
   const int row = warp * 32 + threadIdx.x % 32;
-  const bool finds = Config::kFindsStats && params.finds_stats;
+  const bool finds = params.finds_stats;
   Place<Config::kQueryStages> place;
   Place<Config::kOutStages> out_place;
   Place<Config::kStepStages> step_place;
@@ -238,22 +243,20 @@ __device__ __forceinline__ void find_stats(SharedMemory& smem, const BackwardPar
         found = params.stats[index];
       }
       place.wait_full(smem.query_ring);
-      if constexpr (Config::kFindsStats) {
-        if (finds) {
-          out_place.wait_full(smem.out_ring);
+      if (finds) {
+        out_place.wait_full(smem.out_ring);
 #pragma unroll 2
-          for (int vector = 0; vector < Config::kHeadDimV / 8; ++vector) {
-            const auto read = [&](auto& tile_smem) {
-              return *reinterpret_cast<const uint4*>(tile_smem.at(row, vector));
-            };
-            found.delta += dot<T>(read(smem.out[out_place.stage]), read(smem.dout[place.stage]));
-          }
-          out_place.arrive_empty(smem.out_ring);
-          out_place.advance();
-          // A query with no key, whose dlse may be anything.
-          if (found.lse_log2 == minus_infinity()) found = {-minus_infinity(), 0.f};
-          if (exists && params.stats != nullptr) params.stats[index] = found;
+        for (int vector = 0; vector < Config::kHeadDimV / 8; ++vector) {
+          const auto read = [&](auto& tile_smem) {
+            return *reinterpret_cast<const uint4*>(tile_smem.at(row, vector));
+          };
+          found.delta += dot<T>(read(smem.out[out_place.stage]), read(smem.dout[place.stage]));
         }
+        out_place.arrive_empty(smem.out_ring);
+        out_place.advance();
+        // A query with no key, whose dlse may be anything.
+        if (found.lse_log2 == minus_infinity()) found = {-minus_infinity(), 0.f};
+        if (exists && params.stats != nullptr) params.stats[index] = found;
       }
       smem.stats[place.stage].lse_log2[row] = found.lse_log2;
       smem.stats[place.stage].delta[row] = found.delta;
@@ -284,21 +287,31 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
   const float scale_log2 = params.scale * kLog2E;
   const int warp_row = threadIdx.x / 32 % 4 * 16;  // of a part
   const auto sync = [&] { ptx::named_barrier(1 + number, 128); };
-  Place<Config::kKeyStages> back_place, own_place;
+  int loaded = 0;  // tiles of keys before the step's own
   Place<Config::kQueryStages> query_place;
   Place<Config::kStepStages> step_place;
-  Place<1> dscores_place;                 // filled for every part of queries
+  Place<1> dscores_place;  // filled for every part of queries
+  // Of keys of the tile, or of the tile before. Found when needed: registers are scarce.
+  const auto key_place_of = [&](bool own) {
+    return Place<Config::kKeyStages>::of(loaded - (own ? 0 : 1));
+  };
+  const auto value_place_of = [&](bool own) {
+    return Place<Config::kValueStages>::of((loaded - (own ? 0 : 1)) * kParts + number);
+  };
   typename Config::GradientK gradient_k;  // over scale
   typename Config::GradientV gradient_v;
 
   // Sums this warpgroup's keys over one part of queries.
-  const auto sum_part = [&](int key_stage, uint32_t seen, int first, int slot) {
+  const auto sum_part = [&](int key_stage, const Place<Config::kValueStages>& value_place,
+                            uint32_t seen, int first, int slot) {
     const int query_stage = query_place.stage;
     const Stats& stats = smem.stats[query_stage];
     Scores weights, dscores;
     ptx::wgmma_fence();
     start_multiply_transposed<T>(weights, smem.k[key_stage][number], smem.q[query_stage]);
-    start_multiply_transposed<T>(dscores, smem.v[key_stage][number], smem.dout[query_stage]);
+    value_place.wait_full(smem.v_ring);
+    ptx::wgmma_fence();
+    start_multiply_transposed<T>(dscores, smem.v[value_place.stage], smem.dout[query_stage]);
     query_place.wait_full(smem.stats_ring);
     ptx::wgmma_wait<1>();
     ptx::pin(weights);
@@ -332,7 +345,7 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
     Rounded<T, Scores> rounded_weights(weights), rounded_dscores(dscores);
     dscores_place.wait_empty(smem.dscores_ring);
     auto& dscores_smem = smem.dscores[slot];
-    const int lane = threadIdx.x % 32;
+    const int lane = ptx::lane();
 #pragma unroll
     for (int i = 0; i < kWarpgroupRows / 16; ++i) {
       ptx::stmatrix_x4(dscores_smem.at(warp_row + lane % 16, 2 * i + lane / 16),
@@ -354,14 +367,14 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
     typename Config::GradientQ gradient_q;
     gradient_q.clear();
     dscores_place.wait_full(smem.dscores_ring);
-    const uint32_t back_seen = step.back ? smem.band[back_place.stage].seen : 0;
-    const uint32_t own_seen = smem.band[own_place.stage].seen;
+    const uint32_t back_seen = step.back ? smem.band[key_place_of(false).stage].seen : 0;
+    const uint32_t own_seen = smem.band[key_place_of(true).stage].seen;
 #pragma unroll 1
     for (int keys = 0; keys < 4; ++keys) {
       const bool own = keys >= 2;
       const uint32_t seen = own ? own_seen : back_seen;
       if (!(seen >> (4 * (keys % 2) + (own ? 0 : kParts) + part) & 1)) continue;
-      const int stage = own ? own_place.stage : back_place.stage;
+      const int stage = key_place_of(own).stage;
       ptx::wgmma_fence();
       start_multiply_add_across<T>(gradient_q, smem.dscores[slot_of(part, keys)],
                                    smem.k[stage][keys % 2]);
@@ -384,17 +397,14 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
     step_place.wait_full(smem.step_ring);
     const Step& step = smem.step[step_place.stage];  // read when needed: registers are scarce
     if (step.tile.rows == 0) break;
-    if (step.loads_back) {
-      back_place = own_place;
-      own_place.advance();
-    }
+    loaded += step.loads_back;
     auto first_query_place = query_place;
 #pragma unroll 1
     for (int own = step.back ? 0 : 1; own < (step.own ? 2 : 1); ++own) {
       const bool last = own == (step.own ? 1 : 0);
-      const auto key_place = own ? own_place : back_place;
+      const auto key_place = key_place_of(own);
+      const auto value_place = value_place_of(own);
       key_place.wait_full(smem.k_ring);
-      key_place.wait_full(smem.v_ring);
       if (own || step.loads_back) {
         gradient_k.clear();
         gradient_v.clear();
@@ -406,7 +416,7 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
         const int queries = (own ? 0 : kParts) + part;  // from the keys' tile on
         const uint32_t seen = smem.band[key_place.stage].seen >> (4 * number + queries);
         if (seen & 1) {
-          sum_part(key_place.stage, seen, queries * kWarpgroupRows,
+          sum_part(key_place.stage, value_place, seen, queries * kWarpgroupRows,
                    slot_of(part, 2 * own + number));
         }
         if (own) {
@@ -422,9 +432,10 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
         if (own) dscores_place.advance();
         query_place.advance();
       }
-      if (last && step.back) back_place.arrive_empty(smem.k_ring);
-      if (own && !step.keeps_own) own_place.arrive_empty(smem.k_ring);
+      if (last && step.back) key_place_of(false).arrive_empty(smem.k_ring);
+      if (own && !step.keeps_own) key_place_of(true).arrive_empty(smem.k_ring);
       if (own && step.keeps_own) continue;
+      value_place.wait_full(smem.v_ring);
       if (own || !step.loads_back) {
         const QueryTile tile = own ? step.tile : tile_before(step.tile);
         const auto target = [&](const TensorView& tensor, int head_dim) -> Target {
@@ -433,23 +444,20 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
         };
         const Target target_k = target(params.dk, params.head_dim);
         const Target target_v = target(params.dv, params.head_dim_v);
-        auto& v_smem = smem.v[key_place.stage][number];
+        auto& v_smem = smem.v[value_place.stage];
         sync();  // no warp's wgmma reads these values any more
         const Outgoing<T, typename Config::GradientK> dk(gradient_k, params.scale, v_smem,
                                                          warp_row);
         const Outgoing<T, typename Config::GradientV> dv(gradient_v, 1.f, v_smem, warp_row);
         ptx::fence_async_proxy();  // before the stores, for which it would wait
-        key_place.arrive_empty(smem.v_ring);
+        value_place.arrive_empty(smem.v_ring);
         dk.store(target_k);
         dv.store(target_v);
       } else {
-        key_place.arrive_empty(smem.v_ring);
+        value_place.arrive_empty(smem.v_ring);
       }
     }
-    if (step.own) {
-      back_place = own_place;
-      own_place.advance();
-    }
+    loaded += step.own;
     step_place.arrive_empty(smem.step_ring);
     step_place.advance();
   }
@@ -465,7 +473,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (threadIdx.x == 0) {
     constexpr int kWarps = 4 * kConsumers;
     smem.k_ring.init(32, kWarps);
-    smem.v_ring.init(32, kWarps);
+    smem.v_ring.init(32, 4);  // one warpgroup reads them
     smem.query_ring.init(32, kWarps + kStatsWarps);
     smem.stats_ring.init(kStatsWarps, 1);  // emptied with the queries
     smem.out_ring.init(32, kStatsWarps);

@@ -337,8 +337,8 @@ def _backward_launches(
 ) -> tuple[_C.BackwardCall, bool]:
     """The statistics of the queries; then dq, dk and dv for each range of heads and each branch.
 
-    A kernel that sums all gradients of a branch may find the statistics on the way, for those after
-    it too. Where each range of heads begins with one, no launch is needed for them; where there is
+    A kernel that sums all gradients of a branch finds the statistics on the way, for those after it
+    too. Where each range of heads begins with one, no launch is needed for them; where there is
     no other, no memory. The bool says whether there must be some.
     """
     sizes = _sizes(q, k, v)
@@ -347,8 +347,7 @@ def _backward_launches(
         (heads, _gradient_launches(pattern, q.shape[2], layout_heads, at_once))
         for heads, pattern in _head_ranges(rule, q.shape[1])
     ]
-    found = at_once and native().finds_stats(q.shape[3], v.shape[3])
-    found = found and all(owner == _BOTH for _, ((owner, _, _), *_) in ranges)
+    found = all(owner == _BOTH for _, ((owner, _, _), *_) in ranges)
     names = ("batch", "heads", "seq", "head_dim_v", "bfloat16", "device")
     stats = native().RowStatsParams(
         **_strides(out=out, dout=dout), **{name: sizes[name] for name in names}
