@@ -26,16 +26,16 @@ struct Outgoing {
   static constexpr int kVectors = Sum::kColumns / 8;
   static constexpr int kLanes = kVectors < 8 ? kVectors : 8;  // that share a row
   static constexpr int kRowsAtOnce = 32 / kLanes;
-  static constexpr int kSteps = 16 / kRowsAtOnce;
-  static constexpr int kCopies = kSteps * kVectors / kLanes;
+  static constexpr int kRowCopies = kVectors / kLanes;  // of a row, one after another
+  static constexpr int kCopies = 16 / kRowsAtOnce * kRowCopies;
   uint4 vectors[kCopies];
 
   // The row and the vector of a row that a lane stores.
   static __device__ __forceinline__ int row(int copy, int lane) {
-    return copy % kSteps * kRowsAtOnce + lane / kLanes;
+    return copy / kRowCopies * kRowsAtOnce + lane / kLanes;
   }
   static __device__ __forceinline__ int vector(int copy, int lane) {
-    return copy / kSteps * kLanes + lane % kLanes;
+    return copy % kRowCopies * kLanes + lane % kLanes;
   }
 
   // factor * sum, by way of a tile in shared memory that nobody reads any more: its rows from
