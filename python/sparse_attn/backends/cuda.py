@@ -383,17 +383,21 @@ def _gradient_launches(
 
     ``at_once``: one launch sums all gradients of the branches that such a kernel takes.
     """
-    launches: list[tuple[int, _C.Branch, bool]] = []
+    gradients: list[list[tuple[int, _C.Branch]]] = []  # of each branch
     for branch in plan(pattern.rule, seq):
-        adds = bool(launches)
         queries, *_ = _with_layout([_native_branch(branch)], pattern, seq, layout_heads)
         keys = _with_layout(map(_native_branch, branch.transposed()), pattern, seq, layout_heads)
         if at_once and len(keys) == 1 and native().sums_at_once(keys[0]):
-            launches.append((_BOTH, keys[0], adds))
-            continue
-        launches.append((_QUERIES, queries, adds))
-        launches += [(_KEYS, part, adds or number > 0) for number, part in enumerate(keys)]
-    return launches
+            gradients.append([(_BOTH, keys[0])])
+        else:
+            gradients.append([(_QUERIES, queries), *((_KEYS, part) for part in keys)])
+    if all(owner == _BOTH for (owner, _), *_ in gradients):
+        gradients.reverse()  # adding to neighbours is faster than to residues
+    return [
+        (owner, part, number > 0 or place > 1)  # the first keys of a branch come after its queries
+        for number, parts in enumerate(gradients)
+        for place, (owner, part) in enumerate(parts)
+    ]
 
 
 def _block_rows(
