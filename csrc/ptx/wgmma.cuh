@@ -148,7 +148,8 @@ DEFINE_ADD(64, "{%32, %33, %34, %35}, %36, p, 1, 1, 1")
 DEFINE_ADD(128, "{%64, %65, %66, %67}, %68, p, 1, 1, 1")
 DEFINE_ADD(256, "{%128, %129, %130, %131}, %132, p, 1, 1, 1")
 
-// sum += a^T b: 16 rows of a, of 64 columns, and of b, of 64 or 128.
+// sum += a^T b: 16 rows of a, of 64 columns, and of b, of 32, 64 or 128.
+DEFINE_ADD_ACROSS(32, "%16, %17, p, 1, 1, 1, 1")
 DEFINE_ADD_ACROSS(64, "%32, %33, p, 1, 1, 1, 1")
 DEFINE_ADD_ACROSS(128, "%64, %65, p, 1, 1, 1, 1")
 

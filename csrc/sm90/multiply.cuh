@@ -8,21 +8,23 @@
 
 namespace sparse_attn::sm90 {
 
-// A tile as an operand of wgmma.
+// A tile as an operand of wgmma, from one of its rows on.
 template <class Tile>
-__device__ __forceinline__ uint64_t operand(const Tile& tile_smem) {
+__device__ __forceinline__ uint64_t operand(const Tile& tile_smem, int first_row = 0) {
   static_assert(Tile::kPanelColumns == 64 || Tile::kPanelColumns == 32);
-  return ptx::wgmma_operand(tile_smem.elements, Tile::kPanelColumns * 2, Tile::kPanelElements * 2);
+  const uint64_t whole =
+      ptx::wgmma_operand(tile_smem.elements, Tile::kPanelColumns * 2, Tile::kPanelElements * 2);
+  return ptx::moved(whole, first_row * Tile::kPanelColumns * 2);
 }
 
-// Starts product = a b^T, for all rows of two tiles.
+// Starts product = a b^T, for the rows of b from `first_row` on.
 template <class T, class Product, class TileA, class TileB>
 __device__ __forceinline__ void start_multiply_transposed(Product& product, const TileA& a_smem,
-                                                          const TileB& b_smem) {
-  static_assert(TileA::kRows == 64 && TileB::kRows == Product::kColumns);
+                                                          const TileB& b_smem, int first_row = 0) {
+  static_assert(TileA::kRows == 64 && TileB::kRows % Product::kColumns == 0);
   static_assert(TileA::kColumns == TileB::kColumns);
   constexpr int kPanel = TileA::kPanelColumns;
-  const uint64_t a = operand(a_smem), b = operand(b_smem);
+  const uint64_t a = operand(a_smem), b = operand(b_smem, first_row);
 #pragma unroll
   for (int column = 0; column < TileA::kColumns; column += 16) {
     const auto bytes = [column](int panel_elements) {
@@ -70,12 +72,12 @@ __device__ __forceinline__ void keep(Rounded<T, Tile>& rounded) {
   }
 }
 
-// Starts sum += a b.
+// Starts sum += a b, for the rows of b from `first_row` on.
 template <class T, class Sum, class TileA, class TileB>
 __device__ __forceinline__ void start_multiply_add(Sum& sum, const Rounded<T, TileA>& a,
-                                                   const TileB& b_smem) {
-  static_assert(TileB::kRows == TileA::kColumns && TileB::kColumns == Sum::kColumns);
-  const uint64_t b = operand(b_smem);
+                                                   const TileB& b_smem, int first_row = 0) {
+  static_assert(TileB::kRows % TileA::kColumns == 0 && TileB::kColumns == Sum::kColumns);
+  const uint64_t b = operand(b_smem, first_row);
 #pragma unroll
   for (int i = 0; i < TileA::kColumns / 16; ++i) {  // 16 rows of b
     ptx::wgmma_add<T>(sum, a.at[i], ptx::moved(b, i * 16 * TileB::kPanelColumns * int{sizeof(T)}));
@@ -88,12 +90,13 @@ template <class T, class Sum, class TileA, class TileB>
 __device__ __forceinline__ void start_multiply_add_across(Sum& sum, const TileA& a_smem,
                                                           const TileB& b_smem) {
   static_assert(TileA::kColumns == 64 && TileA::kRows == TileB::kRows);
-  static_assert(TileB::kColumns == Sum::kColumns && TileB::kPanelColumns == 64);
+  static_assert(TileB::kColumns == Sum::kColumns);
   const uint64_t a = operand(a_smem), b = operand(b_smem);
 #pragma unroll
   for (int row = 0; row < TileA::kRows; row += 16) {
-    const int bytes = row * 64 * int{sizeof(T)};
-    ptx::wgmma_add_across<T>(sum, ptx::moved(a, bytes), ptx::moved(b, bytes));
+    const auto bytes = [row](int panel_columns) { return row * panel_columns * int{sizeof(T)}; };
+    ptx::wgmma_add_across<T>(sum, ptx::moved(a, bytes(TileA::kPanelColumns)),
+                             ptx::moved(b, bytes(TileB::kPanelColumns)));
   }
   ptx::wgmma_commit();
 }

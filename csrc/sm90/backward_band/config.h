@@ -48,21 +48,24 @@ struct Config {
   static constexpr int kHeadDimV = kHeadDimV_;
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kColumns = kHeadDim + kHeadDimV;
-  static constexpr int kKeyStages = kColumns <= 128 ? 3 : 2;                          // of 128
-  static constexpr int kValueStages = kColumns <= 128 ? 6 : kColumns <= 192 ? 4 : 3;  // of 64
+  static constexpr bool kNarrow = kColumns <= 64;
+  static constexpr int kKeyStages = !kNarrow && kColumns <= 128 ? 3 : 2;          // of 128
+  static constexpr int kValueStages = kColumns <= 192 ? kParts * kKeyStages : 3;  // of 64
   // Values of a tile that load before its keys: others wait for the tile before.
   static constexpr int kValuesFirst = kValueStages > 3 ? kParts : 1;
   static constexpr int kQueryStages = kColumns <= 128 ? 4 : kColumns <= 192 ? 3 : 2;  // of 64
   static constexpr int kStepStages = 4;
   static constexpr int kOutStages = kColumns <= 128 ? 3 : 1;  // of 64
-  // Registers of a lane that loads and of one that computes.
-  static constexpr int kLoadRegisters = 40;
-  static constexpr int kComputeRegisters = 232;
+  // On a multiprocessor; then the registers of a lane that loads and of one that computes.
+  static constexpr int kCtas = kNarrow ? 2 : 1;
+  static constexpr int kLoadRegisters = kNarrow ? 32 : 40;
+  static constexpr int kComputeRegisters = kNarrow ? 104 : 232;
   // What a CTA starts with is all there is to share.
-  static constexpr int kRegisters = 65536 / kThreads / 8 * 8;
+  static constexpr int kRegisters = 65536 / (kCtas * kThreads) / 8 * 8;
   static_assert(kLoadRegisters + kConsumers * kComputeRegisters <= (1 + kConsumers) * kRegisters);
 
-  using Scores = RegisterTile<16, kWarpgroupRows>;  // of a warp: keys, queries
+  // Of a warp: keys, and as many queries of a part as there are registers for at a time.
+  using Scores = RegisterTile<16, kNarrow ? kWarpgroupRows / 2 : kWarpgroupRows>;
   using GradientK = RegisterTile<16, kHeadDim>;
   using GradientV = RegisterTile<16, kHeadDimV>;
   using GradientQ = RegisterTile<16, kHeadDim>;
@@ -88,7 +91,8 @@ struct Config {
     RingBarriers<kStepStages> step_ring;
     RingBarriers<1> dscores_ring;
   };
-  static_assert(sizeof(SharedMemory) <= 227 * 1024, "what a CTA may have");
+  static_assert(kCtas * (sizeof(SharedMemory) + 1024) <= 228 * 1024,
+                "a multiprocessor has 228 KB, a CTA takes 1 KB more than it asks for");
 };
 
 }  // namespace sparse_attn::sm90::backward_band

@@ -304,62 +304,74 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
   // Sums this warpgroup's keys over one part of queries.
   const auto sum_part = [&](int key_stage, const Place<Config::kValueStages>& value_place,
                             uint32_t seen, int first, int slot) {
-    const int query_stage = query_place.stage;
-    const Stats& stats = smem.stats[query_stage];
-    Scores weights, dscores;
-    ptx::wgmma_fence();
-    start_multiply_transposed<T>(weights, smem.k[key_stage][number], smem.q[query_stage]);
-    value_place.wait_full(smem.v_ring);
-    ptx::wgmma_fence();
-    start_multiply_transposed<T>(dscores, smem.v[value_place.stage], smem.dout[query_stage]);
-    query_place.wait_full(smem.stats_ring);
-    ptx::wgmma_wait<1>();
-    ptx::pin(weights);
-    weights.for_each([&](float& weight, int, int column) {
-      weight = ptx::exp2(weight * scale_log2 - stats.lse_log2[column]);
-    });
-    // Most are cut at one end only.
+    const auto& k_smem = smem.k[key_stage][number];
+    const auto& v_smem = smem.v[value_place.stage];
+    const auto& q_smem = smem.q[query_place.stage];
+    const auto& dout_smem = smem.dout[query_place.stage];
+    const Stats& stats = smem.stats[query_place.stage];
     const Band& band = smem.band[key_stage];
     const int first_key = number * kWarpgroupRows + warp_row;
-    int bound[kLaneRows];
-    if (seen >> 8 & 1) {
 #pragma unroll
-      for (int i = 0; i < kLaneRows; ++i) bound[i] = band.first[first_key + Scores::row(i)] - first;
-      weights.for_each([&](float& weight, int row, int column) {
-        if (column < bound[row]) weight = 0.f;
+    for (int query = 0; query < kWarpgroupRows; query += Scores::kColumns) {
+      const bool begins = query == 0, ends = query + Scores::kColumns == kWarpgroupRows;
+      const int first_query = first + query;
+      Scores weights, dscores;
+      ptx::wgmma_fence();
+      start_multiply_transposed<T>(weights, k_smem, q_smem, query);
+      if (begins) value_place.wait_full(smem.v_ring);
+      ptx::wgmma_fence();
+      start_multiply_transposed<T>(dscores, v_smem, dout_smem, query);
+      if (begins) query_place.wait_full(smem.stats_ring);
+      ptx::wgmma_wait<1>();
+      ptx::pin(weights);
+      weights.for_each([&](float& weight, int, int column) {
+        weight = ptx::exp2(weight * scale_log2 - stats.lse_log2[query + column]);
       });
-    }
-    if (seen >> 16 & 1) {
+      // Most are cut at one end only.
+      int bound[kLaneRows];
+      if (seen >> 8 & 1) {
 #pragma unroll
-      for (int i = 0; i < kLaneRows; ++i) bound[i] = band.end[first_key + Scores::row(i)] - first;
-      weights.for_each([&](float& weight, int row, int column) {
-        if (column >= bound[row]) weight = 0.f;
+        for (int i = 0; i < kLaneRows; ++i) {
+          bound[i] = band.first[first_key + Scores::row(i)] - first_query;
+        }
+        weights.for_each([&](float& weight, int row, int column) {
+          if (column < bound[row]) weight = 0.f;
+        });
+      }
+      if (seen >> 16 & 1) {
+#pragma unroll
+        for (int i = 0; i < kLaneRows; ++i) {
+          bound[i] = band.end[first_key + Scores::row(i)] - first_query;
+        }
+        weights.for_each([&](float& weight, int row, int column) {
+          if (column >= bound[row]) weight = 0.f;
+        });
+      }
+      if (branch.residues > 1) fill_other_residues(weights, branch.residues, first_query, 0.f);
+      ptx::wgmma_wait<0>();
+      ptx::pin(dscores);
+      dscores.for_each(weights, [&](float& dscore, float weight, int, int column) {
+        dscore = weight * (dscore - stats.delta[query + column]);
       });
-    }
-    if (branch.residues > 1) fill_other_residues(weights, branch.residues, first, 0.f);
-    ptx::wgmma_wait<0>();
-    ptx::pin(dscores);
-    dscores.for_each(weights, [&](float& dscore, float weight, int, int column) {
-      dscore = weight * (dscore - stats.delta[column]);
-    });
-    Rounded<T, Scores> rounded_weights(weights), rounded_dscores(dscores);
-    dscores_place.wait_empty(smem.dscores_ring);
-    auto& dscores_smem = smem.dscores[slot];
-    const int lane = ptx::lane();
+      Rounded<T, Scores> rounded_weights(weights), rounded_dscores(dscores);
+      if (begins) dscores_place.wait_empty(smem.dscores_ring);
+      auto& dscores_smem = smem.dscores[slot];
+      const int lane = ptx::lane();
 #pragma unroll
-    for (int i = 0; i < kWarpgroupRows / 16; ++i) {
-      ptx::stmatrix_x4(dscores_smem.at(warp_row + lane % 16, 2 * i + lane / 16),
-                       rounded_dscores.at[i]);
+      for (int i = 0; i < Scores::kColumns / 16; ++i) {
+        const int vector = query / 8 + 2 * i + lane / 16;
+        ptx::stmatrix_x4(dscores_smem.at(warp_row + lane % 16, vector), rounded_dscores.at[i]);
+      }
+      if (ends) ptx::fence_async_proxy();  // between these stores and wgmma
+      ptx::wgmma_fence();
+      start_multiply_add<T>(gradient_v, rounded_weights, dout_smem, query);
+      start_multiply_add<T>(gradient_k, rounded_dscores, q_smem, query);
+      ptx::wgmma_wait<0>();
+      ptx::pin(gradient_v);
+      ptx::pin(gradient_k);
+      keep(rounded_weights);
+      keep(rounded_dscores);
     }
-    ptx::fence_async_proxy();  // between these stores and wgmma
-    ptx::wgmma_fence();
-    start_multiply_add<T>(gradient_v, rounded_weights, smem.dout[query_stage]);
-    start_multiply_add<T>(gradient_k, rounded_dscores, smem.q[query_stage]);
-    ptx::wgmma_wait<0>();
-    ptx::pin(gradient_v);
-    ptx::pin(gradient_k);
-    keep(rounded_weights);
-    keep(rounded_dscores);
   };
 
   // dq of a part of queries, over all keys.
@@ -464,7 +476,7 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
 }
 
 template <class Config>
-__global__ void __launch_bounds__(Config::kThreads, 1)
+__global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
     backward_band_kernel(const __grid_constant__ BackwardParams params,
                          const __grid_constant__ QueryTiles tiles,
                          const __grid_constant__ Maps maps) {

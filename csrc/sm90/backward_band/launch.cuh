@@ -32,8 +32,8 @@ void launch(const BackwardParams& call) {
   auto* kernel = backward_band_kernel<Config>;
   constexpr int kBytes = sizeof(typename Config::SharedMemory);
   allow_shared_memory(reinterpret_cast<const void*>(kernel), kBytes, params.device);
-  kernel<<<least(tiles.count, multiprocessors(params.device)), Config::kThreads, kBytes,
-           static_cast<cudaStream_t>(params.stream)>>>(params, tiles, maps);
+  kernel<<<least(tiles.count, Config::kCtas * multiprocessors(params.device)), Config::kThreads,
+           kBytes, static_cast<cudaStream_t>(params.stream)>>>(params, tiles, maps);
   CHECK_CUDA(cudaGetLastError());
 }
 
