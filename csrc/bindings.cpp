@@ -16,6 +16,7 @@
 #include "attention/short_groups.h"
 #include "params.h"
 #include "sm90/backward_band/fits.h"
+#include "sm90/backward_ordered/plan.h"
 #if SPARSE_ATTN_CUDA
 #include "dispatch.h"
 #endif
@@ -56,6 +57,19 @@ py::bytes cover_bytes(const std::vector<Branch>& branches, int length, int tile_
                       int tile_keys) {
   const std::vector<uint8_t> counts = cover(branches, length, tile_queries, tile_keys);
   return py::bytes(reinterpret_cast<const char*>(counts.data()), counts.size());
+}
+
+// Bytes that dq of a transposed branch is summed in; 0 if the ordered kernel is not made for it.
+int64_t dq_workspace(const Branch& branch, int batch, int head_count, int head_dim,
+                     int head_dim_v) {
+  using namespace sm90::backward_ordered;
+  BackwardParams params{};
+  params.branch = branch;
+  params.batch = batch;
+  params.head_count = head_count;
+  const int kernel = kernel_head_dim(head_dim, head_dim_v);
+  const auto plan = kernel == 0 ? std::nullopt : Plan::of(params, kernel);
+  return plan ? plan->bytes(kernel) : 0;
 }
 
 py::dict build_info() {
@@ -190,12 +204,13 @@ BackwardParams backward_params(const Strides& q, const Strides& k, const Strides
 
 // The launches of a backward call, complete but for addresses and stream.
 struct BackwardCall {
-  std::optional<RowStatsParams> stats;  // none where a launch finds them
-  std::vector<BackwardParams> launches;
+  std::optional<RowStatsParams> stats;                    // none where a launch finds them
+  std::vector<std::pair<BackwardParams, bool>> launches;  // and whether they want the workspace
 
   void operator()(int64_t dout, int64_t q, int64_t k, int64_t v, int64_t out, int64_t lse,
                   int64_t dlse, int64_t stats_rows, int64_t dq, int64_t dk, int64_t dv,
-                  int64_t query_block_rows, int64_t key_block_rows, int64_t stream) const {
+                  int64_t query_block_rows, int64_t key_block_rows, int64_t workspace,
+                  int64_t stream) const {
     if (stats) {
       RowStatsParams params = *stats;
       params.out.data = pointer<void*>(out);
@@ -206,7 +221,7 @@ struct BackwardCall {
       params.stream = pointer<void*>(stream);
       row_stats(params);
     }
-    for (BackwardParams params : launches) {
+    for (auto [params, ordered] : launches) {
       params.q.data = pointer<void*>(q);
       params.k.data = pointer<void*>(k);
       params.v.data = pointer<void*>(v);
@@ -220,6 +235,8 @@ struct BackwardCall {
       params.dlse = pointer<const float*>(dlse);
       params.branch.blocks.rows = pointer<const uint32_t*>(
           params.owner == Owner::queries ? query_block_rows : key_block_rows);
+      params.query_blocks = pointer<const uint32_t*>(query_block_rows);
+      params.workspace = ordered ? pointer<void*>(workspace) : nullptr;
       params.stream = pointer<void*>(stream);
       backward(params);
     }
@@ -311,6 +328,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("cover", &cover_bytes, py::arg("branches"), py::arg("length"), py::arg("tile_queries"),
              py::arg("tile_keys"));
   module.def("sums_at_once", &sm90::backward_band::fits, py::arg("branch"));
+  module.def("dq_workspace", &dq_workspace, py::kw_only(), py::arg("branch"), py::arg("batch"),
+             py::arg("head_count"), py::arg("head_dim"), py::arg("head_dim_v"));
   module.attr("most_head_dim_at_once") = sm90::backward_band::kMostHeadDim;
   module.def("build_info", &build_info);
   module.attr("max_chunks") = kMaxChunks;
@@ -340,8 +359,8 @@ PYBIND11_MODULE(_C, module) {
            py::arg("owner"), py::arg("branch"), py::arg("accumulate"), py::arg("finds_stats"),
            py::arg("device"));
   py::class_<BackwardCall>(module, "BackwardCall")
-      .def(py::init<std::optional<RowStatsParams>, std::vector<BackwardParams>>(), py::arg("stats"),
-           py::arg("launches"))
+      .def(py::init<std::optional<RowStatsParams>, std::vector<std::pair<BackwardParams, bool>>>(),
+           py::arg("stats"), py::arg("launches"))
       .def("__call__", &BackwardCall::operator());
   py::class_<BlockRowsParams>(module, "BlockRowsParams")
       .def(py::init(&block_rows_params), py::kw_only(), py::arg("layout"), py::arg("rows"),

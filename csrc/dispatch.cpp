@@ -13,6 +13,7 @@
 #include "sm80/forward/launch.h"
 #include "sm90/backward/launch.h"
 #include "sm90/backward_band/launch.h"
+#include "sm90/backward_ordered/launch.h"
 #include "sm90/forward/launch.h"
 
 namespace sparse_attn {
@@ -71,6 +72,15 @@ const Table<BackwardParams> kBackwardBandSm90 = {
 #define INSTANCE(T, kHeadDim, kHeadDimV) \
   {kElement<T>, kHeadDim, kHeadDimV, sm90::backward_band::launch<T, kHeadDim, kHeadDimV>},
 #include "sm90/backward_band/instances.inc"
+#undef INSTANCE
+#endif
+};
+
+const Table<BackwardParams> kBackwardOrderedSm90 = {
+#if SPARSE_ATTN_SM90
+#define INSTANCE(T, kHeadDim, kHeadDimV) \
+  {kElement<T>, kHeadDim, kHeadDimV, sm90::backward_ordered::launch<T, kHeadDim, kHeadDimV>},
+#include "sm90/backward_ordered/instances.inc"
 #undef INSTANCE
 #endif
 };
@@ -140,8 +150,9 @@ void row_stats(const RowStatsParams& params) {
 
 void backward(const BackwardParams& params) {
   const bool both = params.owner == Owner::both;
+  const auto& of_both = params.workspace != nullptr ? kBackwardOrderedSm90 : kBackwardBandSm90;
   const Kernel<BackwardParams>& kernel = choose(both ? Table<BackwardParams>{} : kBackwardSm80,
-                                                both ? kBackwardBandSm90 : kBackwardSm90, params);
+                                                both ? of_both : kBackwardSm90, params);
   const DeviceGuard guard(params.device);
   kernel.launch(params);
 }

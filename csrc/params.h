@@ -136,6 +136,11 @@ struct BackwardParams {
   // If both own: find the statistics in out, lse and dlse, and leave them in `stats` unless it is
   // null. Else they are there.
   bool finds_stats;
+  // If both own: of a branch with blocks, those of each block of queries, (heads, blocks, words) as
+  // the branch has those of keys; and what dq is summed in (sm90/backward_ordered/plan.h), null
+  // where that kernel does not run.
+  const uint32_t* query_blocks;
+  void* workspace;
 
   int device;
   void* stream;  // cudaStream_t

@@ -281,6 +281,48 @@ def summed_at_once(pattern: Any, n: int) -> list[bool]:
     return at_once
 
 
+def bytes_for_dq(pattern: Any, n: int, head_dim: int, head_dim_v: int) -> list[int]:
+    """What launches that sum dq in turns borrow, by branch and key view; 0: other kernels run."""
+    from sparse_attn.backends.cuda import _native_branch
+
+    return [
+        _C.dq_workspace(
+            branch=_native_branch(keys),
+            batch=2,
+            head_count=3,
+            head_dim=head_dim,
+            head_dim_v=head_dim_v,
+        )
+        for branch in plan(pattern, n)
+        for part in branch.by_key_view()
+        for keys in part.transposed()
+    ]
+
+
+@needs_native
+@pytest.mark.parametrize("n", [1, 700, 3001, 2**15, 2**18 + 77, 2**20, 2**24 + 1])
+def test_memory_for_dq_is_bounded(n: int) -> None:
+    """Sums in proportion to what is computed at a time, a number for each tile of queries."""
+    patterns: list[Any] = [sa.Dense(), sa.Local(1024), sa.Local(1024, causal=False)]
+    patterns += [sa.Strided(2048), sa.Dilated(3), sa.Fixed(128, 32), sa.Chunk(3000) | sa.Local(999)]
+    for pattern in patterns:
+        for head_dims in ((64, 64), (40, 96), (128, 128)):
+            counters = 4 * 2 * 3 * (n / 64 + 2 * 3000)
+            assert max(bytes_for_dq(pattern, n, *head_dims)) <= 2**26 + counters
+    windows = [bytes_for_dq(sa.Local(1024), n, dim, dim)[0] for dim in (32, 64, 128, 136)]
+    assert [size > 0 for size in windows] == [False, n > 1000, n > 1000, False]
+    assert bytes_for_dq(sa.Local(300), n, 64, 64) == [0]
+
+
+@needs_native
+def test_where_dq_is_summed_in_turns() -> None:
+    """Where keys are many, near or not; each key view on its own."""
+    (panel,) = (part for part in bytes_for_dq(sa.Fixed(64, 16), 9000, 64, 64) if part)
+    assert panel > 9000 * 64 * 4
+    assert bytes_for_dq(sa.Dilated(100), 9000, 64, 64) == [0]
+    assert all(bytes_for_dq(sa.Dilated(5), 9000, 64, 64))
+
+
 @needs_native
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_branches_summed_at_once_are_bands(case: Case) -> None:

@@ -290,8 +290,11 @@ class Recorder:
     def ForwardCall(self, launches: list[dict[str, Any]]) -> Any:
         return lambda *addresses: self.calls.append((launches, addresses))
 
-    def BackwardCall(self, stats: dict[str, Any], launches: list[dict[str, Any]]) -> Any:
-        return lambda *addresses: self.calls.append(([stats, *launches], addresses))
+    def BackwardCall(
+        self, stats: dict[str, Any], launches: list[tuple[dict[str, Any], bool]]
+    ) -> Any:
+        parts = [stats, *(params for params, _ in launches)]
+        return lambda *addresses: self.calls.append((parts, addresses))
 
     def SequenceView(self, **view: Any) -> Any:
         return view
@@ -401,7 +404,7 @@ def test_one_native_call_for_a_backward_pass(recorder: Recorder) -> None:
     assert stats["dout"] == q.stride()[:3] and addresses[0] != dout.data_ptr()
     assert addresses[1:6] == tuple(x.data_ptr() for x in (q, k, v, out, lse))
     assert addresses[8] == dq.data_ptr() and addresses[9] != dk.data_ptr()
-    assert addresses[11:] == (0, 0, 77)
+    assert addresses[11:] == (0, 0, 0, 77)
     owners = [(x["first_head"], x["head_count"], x["owner"]) for x in launches]
     expected = [(0, 1), (1, 1), (2, 2)]
     assert owners == [(*heads, keys) for heads in expected for keys in (cuda._QUERIES, cuda._KEYS)]

@@ -34,6 +34,16 @@ __device__ __forceinline__ void tma_load_last(void* smem, const CUtensorMap& map
       : "memory");
 }
 
+// One thread starts copying neighbouring bytes, a multiple of 16, both sides on 16 bytes.
+__device__ __forceinline__ void bulk_load(void* smem, const void* gmem, int bytes,
+                                          uint64_t& barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(smem)),
+      "l"(gmem), "r"(bytes), "r"(shared_address(&barrier))
+      : "memory");
+}
+
 // One thread starts copying shared memory to the box of a map; nothing where the tensor ends. What
 // was written there by ordinary stores needs fence_async_proxy first.
 __device__ __forceinline__ void tma_store(const CUtensorMap& map, const void* smem, int column,

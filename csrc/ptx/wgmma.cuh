@@ -95,19 +95,34 @@ __device__ __forceinline__ uint64_t moved(uint64_t operand, int bytes) {
   "{\n.reg .pred p;\nsetp.ne.b32 p, " add ", 0;\nwgmma.mma_async.sync.aligned.m64n" #shape \
   "k16.f32." element "." element " {" NAMES_##shape "}, " operands ";\n}"
 
-#define DEFINE_TRANSPOSED(shape, operands)                                                    \
-  template <class T, bool kAdd>                                                               \
-  __device__ __forceinline__ void wgmma_transposed(RegisterTile<16, shape>& sum, uint64_t a,  \
-                                                   uint64_t b) {                              \
-    if constexpr (kAdd && std::is_same_v<T, __half>) {                                        \
-      asm volatile(WGMMA(shape, "f16", "1", operands) : SUM_##shape("+f") : "l"(a), "l"(b));  \
-    } else if constexpr (kAdd) {                                                              \
-      asm volatile(WGMMA(shape, "bf16", "1", operands) : SUM_##shape("+f") : "l"(a), "l"(b)); \
-    } else if constexpr (std::is_same_v<T, __half>) {                                         \
-      asm volatile(WGMMA(shape, "f16", "0", operands) : SUM_##shape("=f") : "l"(a), "l"(b));  \
-    } else {                                                                                  \
-      asm volatile(WGMMA(shape, "bf16", "0", operands) : SUM_##shape("=f") : "l"(a), "l"(b)); \
-    }                                                                                         \
+#define DEFINE_PRODUCT(name, shape, operands)                                                  \
+  template <class T, bool kAdd>                                                                \
+  __device__ __forceinline__ void name(RegisterTile<16, shape>& sum, uint64_t a, uint64_t b) { \
+    if constexpr (kAdd && std::is_same_v<T, __half>) {                                         \
+      asm volatile(WGMMA(shape, "f16", "1", operands) : SUM_##shape("+f") : "l"(a), "l"(b));   \
+    } else if constexpr (kAdd) {                                                               \
+      asm volatile(WGMMA(shape, "bf16", "1", operands) : SUM_##shape("+f") : "l"(a), "l"(b));  \
+    } else if constexpr (std::is_same_v<T, __half>) {                                          \
+      asm volatile(WGMMA(shape, "f16", "0", operands) : SUM_##shape("=f") : "l"(a), "l"(b));   \
+    } else {                                                                                   \
+      asm volatile(WGMMA(shape, "bf16", "0", operands) : SUM_##shape("=f") : "l"(a), "l"(b));  \
+    }                                                                                          \
+  }
+
+#define A_AND_B(a, b) "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
+#define DEFINE_TRANSPOSED_OF_REGISTERS(shape, operands)                                      \
+  template <class T, bool kAdd>                                                              \
+  __device__ __forceinline__ void wgmma_transposed(RegisterTile<16, shape>& sum,             \
+                                                   const uint32_t (&a)[4], uint64_t b) {     \
+    if constexpr (kAdd && std::is_same_v<T, __half>) {                                       \
+      asm volatile(WGMMA(shape, "f16", "1", operands) : SUM_##shape("+f") : A_AND_B(a, b));  \
+    } else if constexpr (kAdd) {                                                             \
+      asm volatile(WGMMA(shape, "bf16", "1", operands) : SUM_##shape("+f") : A_AND_B(a, b)); \
+    } else if constexpr (std::is_same_v<T, __half>) {                                        \
+      asm volatile(WGMMA(shape, "f16", "0", operands) : SUM_##shape("=f") : A_AND_B(a, b));  \
+    } else {                                                                                 \
+      asm volatile(WGMMA(shape, "bf16", "0", operands) : SUM_##shape("=f") : A_AND_B(a, b)); \
+    }                                                                                        \
   }
 
 #define DEFINE_ADD(shape, operands)                                                               \
@@ -125,21 +140,10 @@ __device__ __forceinline__ uint64_t moved(uint64_t operand, int bytes) {
     }                                                                                             \
   }
 
-#define DEFINE_ADD_ACROSS(shape, operands)                                                    \
-  template <class T>                                                                          \
-  __device__ __forceinline__ void wgmma_add_across(RegisterTile<16, shape>& sum, uint64_t a,  \
-                                                   uint64_t b) {                              \
-    if constexpr (std::is_same_v<T, __half>) {                                                \
-      asm volatile(WGMMA(shape, "f16", "1", operands) : SUM_##shape("+f") : "l"(a), "l"(b));  \
-    } else {                                                                                  \
-      asm volatile(WGMMA(shape, "bf16", "1", operands) : SUM_##shape("+f") : "l"(a), "l"(b)); \
-    }                                                                                         \
-  }
-
 // sum = a b^T, or sum += a b^T: 16 columns of 64 rows of a and of 32, 64 or 128 rows of b.
-DEFINE_TRANSPOSED(32, "%16, %17, p, 1, 1, 0, 0")
-DEFINE_TRANSPOSED(64, "%32, %33, p, 1, 1, 0, 0")
-DEFINE_TRANSPOSED(128, "%64, %65, p, 1, 1, 0, 0")
+DEFINE_PRODUCT(wgmma_transposed, 32, "%16, %17, p, 1, 1, 0, 0")
+DEFINE_PRODUCT(wgmma_transposed, 64, "%32, %33, p, 1, 1, 0, 0")
+DEFINE_PRODUCT(wgmma_transposed, 128, "%64, %65, p, 1, 1, 0, 0")
 
 // sum += a b: 16 columns of 64 rows of a, 16 rows of b of 32 to 256 columns. A warp holds its 16
 // rows of a in the registers of mma_m16n8k16.
@@ -148,14 +152,22 @@ DEFINE_ADD(64, "{%32, %33, %34, %35}, %36, p, 1, 1, 1")
 DEFINE_ADD(128, "{%64, %65, %66, %67}, %68, p, 1, 1, 1")
 DEFINE_ADD(256, "{%128, %129, %130, %131}, %132, p, 1, 1, 1")
 
-// sum += a^T b: 16 rows of a, of 64 columns, and of b, of 32, 64 or 128.
-DEFINE_ADD_ACROSS(32, "%16, %17, p, 1, 1, 1, 1")
-DEFINE_ADD_ACROSS(64, "%32, %33, p, 1, 1, 1, 1")
-DEFINE_ADD_ACROSS(128, "%64, %65, p, 1, 1, 1, 1")
+// sum = a^T b, or sum += a^T b: 16 rows of a, of 64 columns, and of b, of 32, 64 or 128.
+DEFINE_PRODUCT(wgmma_across, 32, "%16, %17, p, 1, 1, 1, 1")
+DEFINE_PRODUCT(wgmma_across, 64, "%32, %33, p, 1, 1, 1, 1")
+DEFINE_PRODUCT(wgmma_across, 128, "%64, %65, p, 1, 1, 1, 1")
 
-#undef DEFINE_ADD_ACROSS
+// sum = a b, or sum += a b: 16 columns of 64 rows of a, 16 rows of b of 64 or 128 columns.
+DEFINE_PRODUCT(wgmma, 64, "%32, %33, p, 1, 1, 0, 1")
+DEFINE_PRODUCT(wgmma, 128, "%64, %65, p, 1, 1, 0, 1")
+
+// sum = a b^T, or sum += a b^T, with 16 columns of a in registers.
+DEFINE_TRANSPOSED_OF_REGISTERS(64, "{%32, %33, %34, %35}, %36, p, 1, 1, 0")
+
 #undef DEFINE_ADD
-#undef DEFINE_TRANSPOSED
+#undef DEFINE_TRANSPOSED_OF_REGISTERS
+#undef A_AND_B
+#undef DEFINE_PRODUCT
 #undef WGMMA
 #undef NAMES_256
 #undef NAMES_128

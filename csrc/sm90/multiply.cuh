@@ -72,6 +72,27 @@ __device__ __forceinline__ void keep(Rounded<T, Tile>& rounded) {
   }
 }
 
+// Starts product = a b^T, with rows of a in registers.
+template <class T, class Product, class TileA, class TileB>
+__device__ __forceinline__ void start_multiply_transposed(Product& product,
+                                                          const Rounded<T, TileA>& a,
+                                                          const TileB& b_smem) {
+  static_assert(TileB::kRows == Product::kColumns && TileB::kColumns == TileA::kColumns);
+  static_assert(TileB::kPanelColumns == 64);
+  const uint64_t b = operand(b_smem);
+#pragma unroll
+  for (int i = 0; i < TileA::kColumns / 16; ++i) {
+    const int elements = 16 * i / 64 * TileB::kPanelElements + 16 * i % 64;
+    const uint64_t b_operand = ptx::moved(b, elements * int{sizeof(T)});
+    if (i == 0) {
+      ptx::wgmma_transposed<T, false>(product, a.at[i], b_operand);
+    } else {
+      ptx::wgmma_transposed<T, true>(product, a.at[i], b_operand);
+    }
+  }
+  ptx::wgmma_commit();
+}
+
 // Starts sum += a b, for the rows of b from `first_row` on.
 template <class T, class Sum, class TileA, class TileB>
 __device__ __forceinline__ void start_multiply_add(Sum& sum, const Rounded<T, TileA>& a,
@@ -85,19 +106,47 @@ __device__ __forceinline__ void start_multiply_add(Sum& sum, const Rounded<T, Ti
   ptx::wgmma_commit();
 }
 
+// Likewise, with a in shared memory.
+template <class T, class Sum, class TileA, class TileB>
+__device__ __forceinline__ void start_multiply_add(Sum& sum, const TileA& a_smem,
+                                                   const TileB& b_smem) {
+  static_assert(TileA::kColumns == 64 && TileB::kRows == 64 && TileB::kPanelColumns == 64);
+  static_assert(TileB::kColumns == Sum::kColumns);
+  const uint64_t a = operand(a_smem), b = operand(b_smem);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {  // 16 columns of a, 16 rows of b
+    ptx::wgmma<T, true>(sum, ptx::moved(a, i * 16 * int{sizeof(T)}),
+                        ptx::moved(b, i * 16 * 64 * int{sizeof(T)}));
+  }
+  ptx::wgmma_commit();
+}
+
+// sum = a^T b, or sum += a^T b, for as many columns of b as sum has, from first_column on.
+template <class T, bool kAdd, class Sum, class TileA, class TileB>
+__device__ __forceinline__ void multiply_across(Sum& sum, const TileA& a_smem, const TileB& b_smem,
+                                                int first_column) {
+  static_assert(TileA::kColumns == 64 && TileA::kRows == TileB::kRows);
+  constexpr int kPanel = TileB::kPanelColumns;
+  const int first = first_column / kPanel * TileB::kPanelElements + first_column % kPanel;
+  const uint64_t a = operand(a_smem), b = ptx::moved(operand(b_smem), first * int{sizeof(T)});
+#pragma unroll
+  for (int row = 0; row < TileA::kRows; row += 16) {
+    const uint64_t a_rows = ptx::moved(a, row * TileA::kPanelColumns * int{sizeof(T)});
+    const uint64_t b_rows = ptx::moved(b, row * kPanel * int{sizeof(T)});
+    if (row == 0 && !kAdd) {
+      ptx::wgmma_across<T, false>(sum, a_rows, b_rows);
+    } else {
+      ptx::wgmma_across<T, true>(sum, a_rows, b_rows);
+    }
+  }
+}
+
 // Starts sum += a^T b.
 template <class T, class Sum, class TileA, class TileB>
 __device__ __forceinline__ void start_multiply_add_across(Sum& sum, const TileA& a_smem,
                                                           const TileB& b_smem) {
-  static_assert(TileA::kColumns == 64 && TileA::kRows == TileB::kRows);
   static_assert(TileB::kColumns == Sum::kColumns);
-  const uint64_t a = operand(a_smem), b = operand(b_smem);
-#pragma unroll
-  for (int row = 0; row < TileA::kRows; row += 16) {
-    const auto bytes = [row](int panel_columns) { return row * panel_columns * int{sizeof(T)}; };
-    ptx::wgmma_add_across<T>(sum, ptx::moved(a, bytes(TileA::kPanelColumns)),
-                             ptx::moved(b, bytes(TileB::kPanelColumns)));
-  }
+  multiply_across<T, true>(sum, a_smem, b_smem, 0);
   ptx::wgmma_commit();
 }
 

@@ -41,6 +41,12 @@ def cover(branches: list[Branch], length: int, tile_queries: int, tile_keys: int
 
 # Whether one kernel of compute capability 9.0 sums all gradients of a branch, here transposed.
 def sums_at_once(branch: Branch) -> bool: ...
+
+# Bytes of memory in which another such kernel sums dq of a transposed branch; 0 if it is not made
+# for the branch.
+def dq_workspace(
+    *, branch: Branch, batch: int, head_count: int, head_dim: int, head_dim_v: int
+) -> int: ...
 def build_info() -> dict[str, str]: ...
 
 # Only in a build with CUDA kernels.
@@ -138,7 +144,7 @@ class BackwardCall:
     def __init__(
         self,
         stats: RowStatsParams | None,  # none where launches find them
-        launches: list[BackwardParams],
+        launches: list[tuple[BackwardParams, bool]],  # and whether it sums dq in the workspace
     ) -> None: ...
     def __call__(
         self,
@@ -155,6 +161,7 @@ class BackwardCall:
         dv: int,
         query_block_rows: int,
         key_block_rows: int,
+        workspace: int,  # overwritten
         stream: int,
         /,
     ) -> None: ...

@@ -136,6 +136,13 @@ class Branch:
     # keys are in token order then. 0 without a layout.
     block: int = 0
 
+    def by_key_view(self) -> tuple[Branch, ...]:
+        """The same pairs, one branch for each key view."""
+        return tuple(
+            replace(self, segments=tuple(x for x in self.segments if x.keys == keys))
+            for keys in dict.fromkeys(segment.keys for segment in self.segments)
+        )
+
     def transposed(self) -> tuple[Branch, ...]:
         """Keys as queries: for each key view, the branch that lists the queries of every key.
 
@@ -146,16 +153,12 @@ class Branch:
         exchanged: dict[Part, Part] = {"before": "after", "inside": "inside", "after": "before"}
         return tuple(
             Branch(
-                keys,
+                part.segments[0].keys,
                 run,
-                tuple(
-                    Segment(self.queries, exchanged[segment.part])
-                    for segment in self.segments
-                    if segment.keys == keys
-                ),
+                tuple(Segment(self.queries, exchanged[x.part]) for x in part.segments),
                 self.block,
             )
-            for keys in dict.fromkeys(segment.keys for segment in self.segments)
+            for part in self.by_key_view()
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -217,7 +217,7 @@ class BackwardCall:
             if not plan(head_pattern, q.shape[2])[0].segments[0].keys.lists_every_token
         ]
         if self._aligned:
-            self._launch, self._keeps_stats = _backward_launches(
+            self._launches = _backward_launches(
                 dout,
                 q,
                 k,
@@ -259,11 +259,18 @@ class BackwardCall:
         for heads in self._zeroed:
             dk[:, heads].zero_()
             dv[:, heads].zero_()
+        launches = self._launches
+        for heads in launches.zeroed_queries:
+            dq[:, heads].zero_()
         dlse = None if dlse is None else dlse.contiguous()
-        stats = lse.new_empty((*lse.shape, 2)) if self._keeps_stats else None
+        stats = lse.new_empty((*lse.shape, 2)) if launches.keeps_stats else None
         query_rows = _block_rows(self._pattern, layout, keys_own=False)
         key_rows = _block_rows(self._pattern, layout, keys_own=True)
-        self._launch(
+        # Of this call alone, as the counters of a forward call.
+        workspace = None
+        if launches.workspace:
+            workspace = lse.new_empty(launches.workspace, dtype=torch.uint8)
+        launches.launch(
             *addresses,
             lse.data_ptr(),
             _address(dlse),
@@ -273,6 +280,7 @@ class BackwardCall:
             dv.data_ptr(),
             _address(query_rows),
             _address(key_rows),
+            _address(workspace),
             _stream(self._device),
         )
         if self._summed is not None:
@@ -334,20 +342,28 @@ def _backward_launches(
     layout_heads: int,
     scale: float,
     sm90: bool,
-) -> tuple[_C.BackwardCall, bool]:
+) -> _BackwardLaunches:
     """The statistics of the queries; then dq, dk and dv for each range of heads and each branch.
 
     A kernel that sums all gradients of a branch finds the statistics on the way, for those after it
     too. Where each range of heads begins with one, no launch is needed for them; where there is
-    no other, no memory. The bool says whether there must be some.
+    no other, no memory.
     """
     sizes = _sizes(q, k, v)
-    at_once = sm90 and group == 1 and max(q.shape[3], v.shape[3]) <= native().most_head_dim_at_once
+    allowed = sm90 and group == 1
     ranges = [
-        (heads, _gradient_launches(pattern, q.shape[2], layout_heads, at_once))
+        (
+            heads,
+            _gradient_launches(
+                pattern,
+                q.shape[2],
+                layout_heads,
+                _AtOnce(allowed, q.shape[0], len(heads), q.shape[3], v.shape[3]),
+            ),
+        )
         for heads, pattern in _head_ranges(rule, q.shape[1])
     ]
-    found = all(owner == _BOTH for _, ((owner, _, _), *_) in ranges)
+    found = allowed and all(first.finds_stats for _, (first, *_) in ranges)
     names = ("batch", "heads", "seq", "head_dim_v", "bfloat16", "device")
     stats = native().RowStatsParams(
         **_strides(out=out, dout=dout), **{name: sizes[name] for name in names}
@@ -359,45 +375,107 @@ def _backward_launches(
         "sm90": sm90,
     }
     launches = [
-        native().BackwardParams(
-            owner=owner,
-            branch=branch,
-            accumulate=accumulate,
-            finds_stats=found and number == 0,
-            first_head=heads.start,
-            head_count=len(heads),
-            heads_together=group if owner == _KEYS else 1,
-            **call,
+        (
+            native().BackwardParams(
+                owner=launch.owner,
+                branch=launch.branch,
+                accumulate=launch.adds,
+                finds_stats=found and number == 0,
+                first_head=heads.start,
+                head_count=len(heads),
+                heads_together=group if launch.owner == _KEYS else 1,
+                **call,
+            ),
+            launch.workspace > 0,
         )
         for heads, gradients in ranges
-        for number, (owner, branch, accumulate) in enumerate(gradients)
+        for number, launch in enumerate(gradients)
     ]
-    keeps_stats = not found or any(len(gradients) > 1 for _, gradients in ranges)
-    return native().BackwardCall(None if found else stats, launches), keeps_stats
+    return _BackwardLaunches(
+        native().BackwardCall(None if found else stats, launches),
+        keeps_stats=not found or any(len(gradients) > 1 for _, gradients in ranges),
+        workspace=max(launch.workspace for _, gradients in ranges for launch in gradients),
+        zeroed_queries=[
+            slice(heads.start, heads.stop)
+            for heads, (first, *_) in ranges
+            if not first.writes_every_query
+        ],
+    )
+
+
+class _BackwardLaunches(NamedTuple):
+    launch: _C.BackwardCall
+    keeps_stats: bool  # whether there must be memory for the statistics
+    workspace: int  # bytes
+    zeroed_queries: list[slice]  # heads whose dq must be zero before
+
+
+class _AtOnce(NamedTuple):
+    """Of which sizes one launch may sum all gradients of a branch."""
+
+    allowed: bool
+    batch: int
+    head_count: int
+    head_dim: int
+    head_dim_v: int
+
+
+class _GradientLaunch(NamedTuple):
+    owner: int  # whose gradients it sums
+    branch: _C.Branch
+    adds: bool = False  # to those of the launches before
+    finds_stats: bool = False
+    workspace: int = 0  # bytes
+    writes_every_query: bool = True
 
 
 def _gradient_launches(
-    pattern: Pattern, seq: int, layout_heads: int, at_once: bool
-) -> list[tuple[int, _C.Branch, bool]]:
-    """Of each backward launch: whose gradients it sums, of which branch, and whether it adds.
+    pattern: Pattern, seq: int, layout_heads: int, at_once: _AtOnce
+) -> list[_GradientLaunch]:
+    """The backward launches of some heads.
 
-    ``at_once``: one launch sums all gradients of the branches that such a kernel takes.
+    The key views of a branch go apart where one launch then sums all gradients of one of them.
     """
-    gradients: list[list[tuple[int, _C.Branch]]] = []  # of each branch
+
+    def native_branches(*branches: Branch) -> tuple[_C.Branch, ...]:
+        return _with_layout(map(_native_branch, branches), pattern, seq, layout_heads)
+
+    launches: list[_GradientLaunch] = []
     for branch in plan(pattern.rule, seq):
-        queries, *_ = _with_layout([_native_branch(branch)], pattern, seq, layout_heads)
-        keys = _with_layout(map(_native_branch, branch.transposed()), pattern, seq, layout_heads)
-        if at_once and len(keys) == 1 and native().sums_at_once(keys[0]):
-            gradients.append([(_BOTH, keys[0])])
-        else:
-            gradients.append([(_QUERIES, queries), *((_KEYS, part) for part in keys)])
-    if all(owner == _BOTH for (owner, _), *_ in gradients):
-        gradients.reverse()  # adding to neighbours is faster than to residues
-    return [
-        (owner, part, number > 0 or place > 1)  # the first keys of a branch come after its queries
-        for number, parts in enumerate(gradients)
-        for place, (owner, part) in enumerate(parts)
-    ]
+        parts = branch.by_key_view()
+        found = [_launch_at_once(x, native_branches(*x.transposed())[0], at_once) for x in parts]
+        if not any(found):
+            parts, found = (branch,), [None]
+        for part, launch in zip(parts, found, strict=True):
+            adds = bool(launches)
+            if launch is not None:
+                launches.append(launch._replace(adds=adds))
+                continue
+            (queries,) = native_branches(part)
+            launches.append(_GradientLaunch(_QUERIES, queries, adds))
+            for number, keys in enumerate(native_branches(*part.transposed())):
+                launches.append(_GradientLaunch(_KEYS, keys, adds or number > 0))
+    if all(launch.finds_stats for launch in launches):  # adding to neighbours is the faster way
+        launches = [x._replace(adds=number > 0) for number, x in enumerate(reversed(launches))]
+    return launches
+
+
+def _launch_at_once(branch: Branch, keys: _C.Branch, at_once: _AtOnce) -> _GradientLaunch | None:
+    """One launch for all gradients of a branch, transposed ``keys``, if a kernel takes it."""
+    allowed, batch, head_count, head_dim, head_dim_v = at_once
+    if not allowed:
+        return None
+    narrow = max(head_dim, head_dim_v) <= native().most_head_dim_at_once
+    if narrow and native().sums_at_once(keys):
+        return _GradientLaunch(_BOTH, keys, finds_stats=True)
+    workspace = native().dq_workspace(
+        branch=keys, batch=batch, head_count=head_count, head_dim=head_dim, head_dim_v=head_dim_v
+    )
+    if not workspace:
+        return None
+    near = branch.segments[0]
+    attends_itself = near.keys == branch.queries and near.part == "inside" and not branch.block
+    return _GradientLaunch(_BOTH, keys, workspace=workspace, writes_every_query=attends_itself)
 
 
 def _block_rows(

@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0
+// Constants and shared memory of the ordered backward kernel.
+#pragma once
+
+#include "attention/register_tile.cuh"
+#include "attention/shared_tile.cuh"
+#include "sm90/backward_ordered/plan.h"
+#include "sm90/ring.cuh"
+#include "sm90/tickets.cuh"
+#include "sm90/view_map.h"
+#include "sm90/walk.cuh"
+
+namespace sparse_attn::sm90::backward_ordered {
+
+// How the tensor memory accelerator reads the tensors of a call.
+struct Maps {
+  ViewMap q;
+  ViewMap dout;
+  ViewMap k;
+  ViewMap v;
+};
+
+// Where dq is summed, and what CTAs tell each other.
+struct Workspace {
+  Counters counters;  // the ticket; items done, by unit
+  int* turns;         // of each query tile: the key tile that has added last, and 1
+  float4* slots;
+};
+
+// Of queries, what RowStats holds: a lane reads neighbouring ones of a kind together.
+struct alignas(16) Stats {
+  float lse_log2[kTileQueries];
+  float delta[kTileQueries];
+};
+
+// A tile of keys.
+struct OwnTile {
+  QueryTile keys;  // no row: the end
+  int unit;
+  int first, end;  // query tiles, by the intervals alone
+  int query_rows;  // of the group
+  bool any_queries;
+};
+
+// A tile of queries as the warp that loads leaves it to the others.
+struct StreamedTile {
+  KeyTile seen[2];  // by the keys of each warpgroup
+  bool copied;      // by ordinary copies, else by the tensor memory accelerator
+  bool first;       // no keys before add to its dq
+  bool complete;    // nor after; with blocks others find both
+  bool last;        // of its keys
+  int key_tile;
+  int unit;
+  int number;  // of all query tiles of the launch; negative: the end
+  int slot;
+  QueryTile queries;
+};
+
+// What is left to do when some keys have added.
+struct Job {
+  enum Kind { kFinish, kItemDone, kEnd } kind;
+  int number;  // of a query tile whose dq is complete; of a unit
+  int slot;
+  QueryTile queries;
+};
+
+template <class T, int kHeadDim_, int kHeadDimV_>
+struct Config {
+  using Element = T;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kHeadDimV = kHeadDimV_;
+  static constexpr int kConsumers = 2;  // warpgroups that compute
+  static_assert(kTileKeys == kConsumers * kWarpgroupRows);
+  static constexpr int kThreads = 128 * (1 + kConsumers);
+  static constexpr int kCtas = 1;  // on a multiprocessor
+  static constexpr bool kSmall = kHeadDim + kHeadDimV <= 128;
+  static constexpr bool kLarge = kHeadDim + kHeadDimV > 192;
+  static constexpr int kStages = kSmall ? 4 : 3;        // tiles of queries
+  static constexpr int kKeyStages = kLarge ? 1 : 2;     // tiles of keys
+  static constexpr int kSharedStages = kLarge ? 1 : 2;  // of dscores
+  static constexpr int kJobs = 16;  // the queries next to the keys are complete all at once
+  static constexpr int kDqColumns = kHeadDim / kConsumers;  // that a warpgroup sums
+  // Where there are registers for it: all of the next tile runs beside the sums of a tile, not its
+  // scores alone; own keys and values are left operands in registers.
+  static constexpr bool kWide = kSmall;
+  static constexpr bool kOwnInRegisters = kSmall;
+  // Where registers are scarce: dv is summed before the next scores are started, and the left
+  // operand of the sum of dk is in shared memory.
+  static constexpr bool kOverlapsDv = !kLarge;
+  static constexpr bool kDscoresInRegisters = !kLarge;
+  // Of a lane that loads and of one that computes.
+  static constexpr int kLoadRegisters = 40;
+  static constexpr int kComputeRegisters = 232;
+  // What a CTA starts with is all there is to share.
+  static constexpr int kRegisters = 65536 / (kCtas * kThreads) / 8 * 8;
+  static_assert(kLoadRegisters + kConsumers * kComputeRegisters <= (1 + kConsumers) * kRegisters);
+
+  using Scores = RegisterTile<16, kTileQueries>;  // of a warp
+  using Dk = RegisterTile<16, kHeadDim>;
+  using Dv = RegisterTile<16, kHeadDimV>;
+  using Dq = RegisterTile<16, kDqColumns>;
+
+  using Rows = SharedTile<T, kWarpgroupRows, kHeadDim>;
+  using RowsV = SharedTile<T, kWarpgroupRows, kHeadDimV>;
+  static_assert(kTileQueries == kWarpgroupRows);
+
+  struct Keys {
+    Rows k;   // in the end dk
+    RowsV v;  // in the end dv
+  };
+
+  struct SharedMemory {
+    Keys keys[kKeyStages][kConsumers];
+    Rows q[kStages];
+    RowsV dout[kStages];
+    // Transposed: rows are keys.
+    SharedTile<T, kWarpgroupRows, kTileQueries> dscores[kSharedStages][kConsumers];
+    // Half of the columns of dq, as the slots are: of the rows of each warp, 8 columns at a time; a
+    // lane's part. And what the branches before have left.
+    alignas(128) float sum[4][Dq::kColumnTiles][32][4];
+    uint4 earlier[kTileQueries][kDqColumns / 8];
+    Stats stats[kStages];
+    StreamedTile tile[kStages];
+    OwnTile own[kKeyStages + 1];
+    // Queries, by key; and of the keys beside these.
+    Interval attended[kKeyStages + 1][1 + kTileKeys + 1];
+    Job job[kJobs];
+    RingBarriers<kJobs> job_ring;
+    RingBarriers<kKeyStages> key_ring;
+    RingBarriers<kStages> ring;
+    RingBarriers<kSharedStages> shared_ring[kConsumers];  // of dscores
+    uint64_t turn[kStages];                               // the slot of the tile is ours
+    uint64_t added[kStages];                              // dq is added to it
+    uint64_t sum_full;
+  };
+  static_assert(sizeof(SharedMemory) <= 227 * 1024, "what a CTA may have");
+};
+
+}  // namespace sparse_attn::sm90::backward_ordered

@@ -1,0 +1,733 @@
+// SPDX-License-Identifier: Apache-2.0
+// The ordered backward kernel: all three gradients of one branch of a plan with five products.
+//
+// A CTA takes a tile of 128 keys and streams the queries that attend them, the last ones first; dk
+// and dv are summed in registers. What its keys give to dq of a query tile is added to a slot in
+// global memory when the keys before them have added theirs: a fixed order, the same bits in every
+// run. README.md in this folder has the schedule and the counts.
+#pragma once
+
+#include "attention/mask.cuh"
+#include "attention/softmax.cuh"
+#include "ptx/ldmatrix.cuh"
+#include "ptx/registers.cuh"
+#include "sm90/backward_ordered/config.h"
+#include "sm90/load_rows.cuh"
+#include "sm90/multiply.cuh"
+
+namespace sparse_attn::sm90::backward_ordered {
+
+// 0 is __syncthreads; kPart and on: the threads of a warpgroup.
+enum Barrier { kComputeBarrier = 1, kPart };
+
+constexpr int kFinished = -1;                   // the turn of a query tile whose dq is written
+constexpr Interval kNone = {1 << 30, 1 << 30};  // what a key attends that does not exist
+
+// The bits of a row of blocks, of queries or of keys.
+__device__ __forceinline__ const uint32_t* bits_of(const Blocks& blocks, const uint32_t* rows,
+                                                   int head, int row) {
+  return rows + head * blocks.head_stride +
+         static_cast<int64_t>(row >> lowest_bit(blocks.size)) * blocks.words;
+}
+
+// Whether a block of queries attends any keys before those of a tile: then the last tile of these,
+// else -1.
+__device__ __forceinline__ int key_tile_before(const Blocks& blocks, const uint32_t* bits,
+                                               int key_tile) {
+  const int block = key_tile * kTileKeys >> lowest_bit(blocks.size);
+  int word = block / 32;
+  uint32_t found = bits[word] & ~(~0u << block % 32);
+#pragma unroll 1
+  while (found == 0 && word > 0) found = bits[--word];
+  const int last = word * 32 + 31 - __clz(found);
+  return found == 0 ? -1 : (last << lowest_bit(blocks.size)) / kTileKeys;
+}
+
+// Whether it attends any after them.
+__device__ __forceinline__ bool any_key_after(const Blocks& blocks, const uint32_t* bits,
+                                              int key_tile) {
+  const int block = (key_tile + 1) * kTileKeys >> lowest_bit(blocks.size);
+  uint32_t found = 0;
+#pragma unroll 1
+  for (int word = block / 32; word < blocks.words && found == 0; ++word) {
+    found = bits[word] & (word == block / 32 ? ~0u << block % 32 : ~0u);
+  }
+  return found != 0;
+}
+
+// Whether a tile of queries attends the keys of a warpgroup, as far as blocks go.
+__device__ __forceinline__ bool keeps(const Blocks& blocks, const QueryTile& keys, int number,
+                                      int query_tile) {
+  if (number * kWarpgroupRows >= keys.rows) return false;
+  const int block = query_tile * kTileQueries >> lowest_bit(blocks.size);
+  const uint32_t* bits =
+      bits_of(blocks, blocks.rows, keys.head, keys.first_row + number * kWarpgroupRows);
+  return bits[block / 32] >> block % 32 & 1;
+}
+
+// The last query tile before `end` that attends some of a tile of keys, for a warp; negative: none.
+__device__ __forceinline__ int query_tile_before(const Blocks& blocks, const OwnTile& own,
+                                                 int end) {
+  if (blocks.rows == nullptr) return end > own.first ? end - 1 : -1;
+#pragma unroll 1
+  for (; end > own.first; end -= 32) {
+    const int tile = end - 1 - ptx::lane();
+    const bool any =
+        tile >= own.first && (keeps(blocks, own.keys, 0, tile) || keeps(blocks, own.keys, 1, tile));
+    const uint32_t found = __ballot_sync(0xffffffff, any);
+    if (found != 0) return end - 1 - lowest_bit(found);
+  }
+  return -1;
+}
+
+// Starts copying the statistics of `rows` queries of a view, by a warp; zeros where there is no
+// row.
+__device__ __forceinline__ void load_stats(Stats& stats_smem, const RowStats* stats_gmem,
+                                           const SequenceView& view, int group, int first_row,
+                                           int rows) {
+#pragma unroll 1
+  for (int row = threadIdx.x % 32; row < kTileQueries; row += 32) {
+    const RowStats* row_gmem = stats_gmem + view.position(group, first_row + row);
+    ptx::cp_async_4(&stats_smem.lse_log2[row], &row_gmem->lse_log2, row < rows);
+    ptx::cp_async_4(&stats_smem.delta[row], &row_gmem->delta, row < rows);
+  }
+}
+
+// The warp that loads.
+template <class Config, class SharedMemory>
+__device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& params,
+                                     const Plan& plan, const Maps& maps,
+                                     const Workspace& workspace) {
+  using T = typename Config::Element;
+  const Branch& branch = params.branch;
+  const SequenceView& keys_view = branch.queries;
+  const Segment& segment = branch.segments[0];
+  const SequenceView& view = segment.keys;  // of queries
+  const int lane = threadIdx.x;
+  // One more than keys: who computes reads these of an item until it lets go of its keys.
+  Place<Config::kKeyStages + 1> own_place;
+  Place<Config::kKeyStages> key_place;
+  Place<Config::kStages> place;
+  while (true) {
+    const int ticket = workspace.counters.take();
+    if (ticket >= plan.count) break;
+    const Item item = plan.at(ticket, keys_view);
+    if (item.keys.rows == 0) {
+      if (lane == 0 && item.unit < plan.units) workspace.counters.publish(item.unit);
+      continue;
+    }
+    OwnTile& own = smem.own[own_place.stage];  // read when needed: registers are scarce
+    if (lane == 0) own.keys = item.keys, own.unit = item.unit;
+    __syncwarp();
+    auto& attended_smem = smem.attended[own_place.stage];
+    const int key_rows = keys_view.rows(own.keys.group);
+    bool each = true;  // whether each key has a query
+#pragma unroll 1
+    for (int i = lane; i < kTileKeys + 2; i += 32) {
+      const int row = own.keys.first_row - 1 + i;
+      Interval attended = row < 0 ? Interval{0, 0} : kNone;
+      if (0 <= row && row < key_rows) {
+        const int token = keys_view.position(own.keys.group, row);
+        attended = segment.bounds(branch.run, own.keys.group, token);
+        each = each && attended.first < attended.end;
+      }
+      attended_smem[i] = attended;
+    }
+    __syncwarp();
+    if (lane == 0) {
+      own.first = attended_smem[1].first / kTileQueries;
+      own.end = (attended_smem[own.keys.rows].end + kTileQueries - 1) / kTileQueries;
+      own.query_rows = view.rows(own.keys.group);
+    }
+    __syncwarp();
+    if (branch.blocks.rows != nullptr) {
+#pragma unroll 1
+      for (int part = 0; part < Config::kConsumers; ++part) {
+        bool any = false;
+#pragma unroll 1
+        for (int tile = own.first + lane; tile < own.end; tile += 32) {
+          any = any || keeps(branch.blocks, own.keys, part, tile);
+        }
+        if (__any_sync(0xffffffff, any)) continue;
+        each = false;
+        Interval* part_smem = attended_smem + 1 + part * kWarpgroupRows;
+        part_smem[lane] = part_smem[32 + lane] = kNone;
+      }
+    }
+    each = __all_sync(0xffffffff, each);
+    int number = query_tile_before(branch.blocks, own, own.end);
+    if (lane == 0) {
+      own.any_queries = number >= 0;
+      if (number < 0) workspace.counters.publish(own.unit);
+    }
+
+    own_place.advance();
+
+    key_place.wait_empty(smem.key_ring);
+    uint64_t& full = smem.key_ring.full[key_place.stage];
+    const auto load_keys = [&](auto& tile_smem, const ViewMap& map, const TensorView& tensor,
+                               int head_dim, int number) {
+      const QueryTile part = part_of(own.keys, number);
+      const Rows<T> rows(map, keys_view, tensor, head_dim, part.batch,
+                         kv_head_of(params, part.head));
+      if (each) {
+        rows.template load<32>(tile_smem, full, part.group, part.first_row,
+                               part.first_row + part.rows);
+      } else {  // a key that no query attends may be NaN: it is zero here
+        for_each_row<std::decay_t<decltype(tile_smem)>, 32>(
+            keys_view, part.group, part.first_row, part.rows,
+            [&](int row, int64_t token, bool exists) {
+              const Interval attended = attended_smem[1 + number * kWarpgroupRows + row];
+              load_row(tile_smem, row, rows.gmem + token * rows.row_stride, head_dim,
+                       exists && attended.first < attended.end);
+            });
+      }
+    };
+#pragma unroll 1
+    for (int number = 0; number < Config::kConsumers; ++number) {
+      load_keys(smem.keys[key_place.stage][number].k, maps.k, params.k, params.head_dim, number);
+      load_keys(smem.keys[key_place.stage][number].v, maps.v, params.v, params.head_dim_v, number);
+    }
+    ptx::cp_async_arrive(full);
+    ptx::mbarrier_arrive(full);  // what was not copied
+    key_place.advance();
+
+    // How a warpgroup sees the tiles: lane `number` tells.
+    const int part = lane % Config::kConsumers;
+    const Interval* part_smem = attended_smem + 1 + part * kWarpgroupRows;
+#pragma unroll 1
+    while (number >= 0) {
+      const int next = query_tile_before(branch.blocks, own, number);
+      const int first_row = number * kTileQueries, after = first_row + kTileQueries;
+      const int end_row = least(after, own.query_rows);
+      place.wait_empty(smem.ring);
+      StreamedTile& tile_smem = smem.tile[place.stage];
+      if (lane < Config::kConsumers) {
+        const bool exists =
+            branch.blocks.rows == nullptr || keeps(branch.blocks, own.keys, part, number);
+        const bool cut_before = first_row < part_smem[kWarpgroupRows - 1].first;
+        const bool cut_after = own.keys.rows < kTileKeys || after > part_smem[0].end;
+        tile_smem.seen[part] = {own.keys.head, 0,          first_row, end_row,
+                                exists,        cut_before, cut_after, false};
+      }
+      if (lane == 0) {
+        tile_smem.copied =
+            !maps.q.holds(first_row, end_row) || !maps.dout.holds(first_row, end_row);
+        tile_smem.first = attended_smem[0].end <= first_row;
+        tile_smem.complete = attended_smem[kTileKeys + 1].first >= after;
+        tile_smem.last = next < 0;
+        tile_smem.key_tile = own.keys.first_row / kTileKeys;
+        tile_smem.unit = own.unit;
+        tile_smem.number = own.unit * plan.query_tiles.value + number;
+        tile_smem.slot = plan.slot_of(own.unit, number);
+        tile_smem.queries = {own.keys.batch, own.keys.head, own.keys.group, first_row,
+                             end_row - first_row};
+      }
+      uint64_t& tile_full = smem.ring.full[place.stage];
+      const auto load_queries = [&](auto& rows_smem, const ViewMap& map, const TensorView& tensor,
+                                    int head_dim) {
+        const Rows<T> rows(map, view, tensor, head_dim, own.keys.batch, own.keys.head);
+        rows.template load<32>(rows_smem, tile_full, own.keys.group, first_row, end_row);
+      };
+      load_queries(smem.q[place.stage], maps.q, params.q, params.head_dim);
+      load_queries(smem.dout[place.stage], maps.dout, params.dout, params.head_dim_v);
+      const int64_t head = static_cast<int64_t>(own.keys.batch) * params.heads + own.keys.head;
+      load_stats(smem.stats[place.stage], params.stats + head * params.seq_q, view, own.keys.group,
+                 first_row, end_row - first_row);
+      ptx::cp_async_arrive(tile_full);
+      __syncwarp();
+      if (lane == 0) ptx::mbarrier_arrive(tile_full);  // what was not copied
+      place.advance();
+      number = next;
+    }
+  }
+  place.wait_empty(smem.ring);
+  smem.tile[place.stage].number = -1;
+  ptx::cp_async_arrive(smem.ring.full[place.stage]);
+  if (lane == 0) ptx::mbarrier_arrive(smem.ring.full[place.stage]);
+  key_place.wait_empty(smem.key_ring);
+  smem.own[own_place.stage].keys.rows = 0;
+  ptx::cp_async_arrive(smem.key_ring.full[key_place.stage]);
+  ptx::mbarrier_arrive(smem.key_ring.full[key_place.stage]);
+}
+
+// This lane's place in the 16 rows and 16 columns that ldmatrix and stmatrix move.
+template <class Tile>
+__device__ __forceinline__ auto* matrix_row(Tile& tile_smem, int warp_row, int column) {
+  const int lane = threadIdx.x % 32;
+  return tile_smem.at(warp_row + lane % 16, column / 8 + lane / 16);
+}
+
+// Own rows of a warp as a left operand.
+template <class T, int kColumns, class Tile>
+__device__ __forceinline__ void load_operand(Rounded<T, RegisterTile<16, kColumns>>& operand,
+                                             Tile& tile_smem, int warp_row) {
+#pragma unroll
+  for (int i = 0; i < kColumns / 16; ++i) {
+    ptx::ldmatrix_x4(operand.at[i], matrix_row(tile_smem, warp_row, 16 * i));
+  }
+}
+
+// The slot in which dq of a query tile is summed, over scale: of each warp that computes, its 16
+// rows and some columns, a lane's part of 16 x 8 accumulators together.
+template <class Config>
+struct DqSlot {
+  using Dq = typename Config::Dq;
+  static constexpr int kWarps = 4 * Config::kConsumers;
+  static constexpr int kWarpVectors = Dq::kColumnTiles * 32;
+
+  static __device__ __forceinline__ float4* of(const Workspace& workspace, int slot, int warp) {
+    return workspace.slots + (static_cast<int64_t>(slot) * kWarps + warp) * kWarpVectors;
+  }
+};
+
+// The warp that writes dq of the query tiles to which the last keys have added, and then tells that
+// an item is done.
+template <class Config, class SharedMemory>
+__device__ __forceinline__ void finish(SharedMemory& smem, const BackwardParams& params,
+                                       const Workspace& workspace) {
+  using T = typename Config::Element;
+  using Slot = DqSlot<Config>;
+  const SequenceView& view = params.branch.segments[0].keys;
+  int sum_round = 0;
+  Place<Config::kJobs> place;
+  for (;; place.advance()) {
+    place.wait_full(smem.job_ring);
+    const Job& job = smem.job[place.stage];  // read when needed: registers are scarce
+    const QueryTile& queries = job.queries;
+    if (job.kind == Job::kEnd) break;
+    if (job.kind == Job::kItemDone) {
+      if (ptx::lane() == 0) workspace.counters.publish(job.number);
+      place.arrive_empty(smem.job_ring);
+      continue;
+    }
+    T* head = head_gmem<T>(params.dq, queries.batch, queries.head);
+    // f(eight columns of the half, row, their address) for each that is this lane's.
+    constexpr int kVectors = Config::kDqColumns / 8;
+    const auto for_each_part = [&](int half, auto f) {
+#pragma unroll 1
+      for (int i = ptx::lane(); i < kTileQueries * kVectors; i += 32) {
+        const int row = i / kVectors, column = half * Config::kDqColumns + i % kVectors * 8;
+        if (row >= queries.rows || column >= params.head_dim) continue;
+        const int64_t token = view.position(queries.group, queries.first_row + row);
+        f(i % kVectors, row,
+          reinterpret_cast<uint4*>(head + token * params.dq.row_stride + column));
+      }
+    };
+#pragma unroll 1
+    for (int half = 0; half < Config::kConsumers; ++half) {
+      __syncwarp();
+      if (ptx::lane() == 0) {
+        ptx::fence_async_proxy_global();
+        ptx::mbarrier_expect(smem.sum_full, sizeof(smem.sum));
+        ptx::bulk_load(&smem.sum, Slot::of(workspace, job.slot, 4 * half), sizeof(smem.sum),
+                       smem.sum_full);
+      }
+      if (params.accumulate) {
+        for_each_part(half, [&](int vector, int row, const uint4* row_gmem) {
+          ptx::cp_async_16(&smem.earlier[row][vector], row_gmem, true);
+        });
+      }
+      ptx::cp_async_arrive(smem.sum_full);
+      ptx::mbarrier_wait(smem.sum_full, sum_round);
+      sum_round ^= 1;
+      for_each_part(half, [&](int vector, int row, uint4* row_gmem) {
+        const float* row_smem = smem.sum[row / 16][vector][row % 8 * 4] + row % 16 / 8 * 2;
+        const uint4 earlier = params.accumulate ? smem.earlier[row][vector] : uint4{};
+        const auto sum = [&](int j, uint32_t earlier) {
+          const float2 before = ptx::unpack<T>(earlier);
+          const float2 part = *reinterpret_cast<const float2*>(row_smem + 4 * j);
+          return ptx::pack<T>(part.x * params.scale + before.x, part.y * params.scale + before.y);
+        };
+        *row_gmem = {sum(0, earlier.x), sum(1, earlier.y), sum(2, earlier.z), sum(3, earlier.w)};
+      });
+    }
+    __syncwarp();
+    if (ptx::lane() == 0) ptx::store_release(workspace.turns + job.number, kFinished);
+    place.arrive_empty(smem.job_ring);
+  }
+}
+
+// The warp that waits until the slot of each streamed tile is ours.
+template <class Config, class SharedMemory>
+__device__ __forceinline__ void await_turns(SharedMemory& smem, const BackwardParams& params,
+                                            const Plan& plan, const Workspace& workspace) {
+  const Blocks& blocks = params.branch.blocks;
+  for (Place<Config::kStages> place;; place.advance()) {
+    place.wait_full(smem.ring);
+    StreamedTile& tile = smem.tile[place.stage];
+    const int number = tile.number;
+    if (number < 0) break;
+    int before = tile.first ? -1 : tile.key_tile - 1;
+    if (blocks.rows != nullptr) {
+      const QueryTile& queries = tile.queries;
+      const uint32_t* bits = bits_of(blocks, params.query_blocks, queries.head, queries.first_row);
+      before = key_tile_before(blocks, bits, tile.key_tile);
+    }
+    const int query_tile = number - tile.unit * plan.query_tiles.value;
+    const int earlier = plan.earlier(tile.unit, query_tile);
+    const int* counter = workspace.turns + number;
+    int value = before + 1;
+    if (before < 0 && plan.by_unit) {
+      counter = workspace.counters.done(earlier / plan.query_tiles);
+      value = plan.key_tiles.value;
+    } else if (before < 0) {
+      counter = workspace.turns + earlier;
+      value = kFinished;
+    }
+    if (before >= 0 || earlier >= 0) {
+      while (ptx::load_acquire(counter) != value) {
+      }
+    }
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+      tile.first = before < 0;
+      ptx::mbarrier_arrive(smem.turn[place.stage]);
+    }
+  }
+}
+
+// The warp that tells when our turn is over, and lets go of the streamed tile.
+template <class Config, class SharedMemory>
+__device__ __forceinline__ void end_turns(SharedMemory& smem, const BackwardParams& params,
+                                          const Workspace& workspace) {
+  const Blocks& blocks = params.branch.blocks;
+  Place<Config::kJobs> job_place;
+  const auto write_job = [&](const Job& job) {
+    job_place.wait_empty(smem.job_ring);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) smem.job[job_place.stage] = job;
+  };
+  const auto give_job = [&] {
+    job_place.arrive_full(smem.job_ring);
+    job_place.advance();
+  };
+  for (Place<Config::kStages> place;; place.advance()) {
+    place.wait_full(smem.ring);
+    const StreamedTile& tile = smem.tile[place.stage];
+    const int number = tile.number, turn = tile.key_tile + 1, unit = tile.unit;
+    const bool last = tile.last;
+    if (number < 0) break;
+    bool complete = tile.complete;
+    if (blocks.rows != nullptr) {
+      const QueryTile& queries = tile.queries;
+      const uint32_t* bits = bits_of(blocks, params.query_blocks, queries.head, queries.first_row);
+      complete = !any_key_after(blocks, bits, tile.key_tile);
+    }
+    ptx::mbarrier_wait(smem.added[place.stage], place.round);
+    if (complete) write_job({Job::kFinish, number, tile.slot, tile.queries});
+    place.arrive_empty(smem.ring);
+    // Also before the job: the release makes what the others have added visible at L2.
+    if (threadIdx.x % 32 == 0) ptx::store_release(workspace.turns + number, turn);
+    if (complete) give_job();
+    if (last) {
+      write_job({Job::kItemDone, unit, 0, {}});
+      give_job();
+    }
+  }
+  write_job({Job::kEnd, 0, 0, {}});
+  give_job();
+}
+
+// A warpgroup that computes the `number`-th 64 keys of every own tile.
+template <class Config, class SharedMemory>
+__device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams& params,
+                                        const Workspace& workspace, int number) {
+  using T = typename Config::Element;
+  using Scores = typename Config::Scores;
+  using Dq = typename Config::Dq;
+  constexpr int kComputing = 128 * Config::kConsumers;
+  const Branch& branch = params.branch;
+  const float scale_log2 = params.scale * kLog2E;
+  const int warp_row = threadIdx.x / 32 % 4 * 16;  // of the part
+  Place<Config::kKeyStages + 1> own_place;
+  Place<Config::kKeyStages> key_place;
+  Place<Config::kStages> place;
+  Place<Config::kSharedStages> shared_place, sum_place;  // in dscores: written, read
+  while (true) {
+    const int key_stage = key_place.stage;
+    key_place.wait_full(smem.key_ring);
+    const OwnTile& own_tile = smem.own[own_place.stage];
+    const QueryTile& own = own_tile.keys;  // read when needed: registers are scarce
+    if (own.rows == 0) break;
+    auto& keys_smem = smem.keys[key_stage];
+    auto& part_smem = keys_smem[number];
+    const Interval* attended_smem =
+        smem.attended[own_place.stage] + 1 + number * kWarpgroupRows + warp_row;
+
+    typename Config::Dk dk;  // over scale
+    typename Config::Dv dv;
+    dk.clear();
+    dv.clear();
+    Scores weights, dscores;
+    Rounded<T, Scores> rounded_weights, rounded_dscores;
+    Rounded<T, RegisterTile<16, Config::kOwnInRegisters ? Config::kHeadDim : 16>> own_k;
+    Rounded<T, RegisterTile<16, Config::kOwnInRegisters ? Config::kHeadDimV : 16>> own_v;
+    if constexpr (Config::kOwnInRegisters) {
+      load_operand(own_k, part_smem.k, warp_row);
+      load_operand(own_v, part_smem.v, warp_row);
+    }
+    ptx::fence_async_proxy();  // between cp.async and wgmma
+    const auto tile = [&]() -> const KeyTile& { return smem.tile[place.stage].seen[number]; };
+    const auto start_scores = [&] {
+      place.wait_full(smem.ring);
+      if constexpr (!Config::kOverlapsDv) {
+        ptx::wgmma_wait<0>();
+        keep(rounded_weights);
+      }
+      ptx::fence_async_proxy_if(smem.tile[place.stage].copied);
+      ptx::wgmma_fence();
+      if constexpr (Config::kOwnInRegisters) {
+        start_multiply_transposed<T>(weights, own_k, smem.q[place.stage]);
+      } else {
+        start_multiply_transposed<T>(weights, part_smem.k, smem.q[place.stage]);
+      }
+    };
+    const auto start_dscores = [&] {
+      if constexpr (Config::kOwnInRegisters) {
+        start_multiply_transposed<T>(dscores, own_v, smem.dout[place.stage]);
+      } else {
+        start_multiply_transposed<T>(dscores, part_smem.v, smem.dout[place.stage]);
+      }
+    };
+    // From scores, in place.
+    const auto find_weights = [&] {
+      ptx::pin(weights);
+      const auto& stats_smem = smem.stats[place.stage];
+      weights.for_each([&](float& weight, int, int column) {
+        weight = ptx::exp2(weight * scale_log2 - stats_smem.lse_log2[column]);
+      });
+      fill_others(weights, attended_smem, tile(), 0.f);
+      if (!tile().exists) weights.clear();
+      ptx::pin(weights);  // here, beside what runs
+    };
+    // From gradients of weights, in place.
+    const auto find_dscores = [&] {
+      ptx::pin(dscores);
+      const auto& stats_smem = smem.stats[place.stage];
+      dscores.for_each(weights, [&](float& dscore, float weight, int, int column) {
+        dscore = weight * (dscore - stats_smem.delta[column]);
+      });
+      ptx::pin(dscores);
+    };
+    // With the other warpgroup.
+    const auto share_dscores = [&] {
+      auto& ring = smem.shared_ring[number];
+      shared_place.wait_empty(ring);
+#pragma unroll
+      for (int i = 0; i < Scores::kColumns / 16; ++i) {
+        ptx::stmatrix_x4(matrix_row(smem.dscores[shared_place.stage][number], warp_row, 16 * i),
+                         rounded_dscores.at[i]);
+      }
+      ptx::fence_async_proxy();
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ring.full[shared_place.stage]);
+      shared_place.advance();
+    };
+    const auto start_dk = [&](const auto& summed) {
+      if constexpr (Config::kDscoresInRegisters) {
+        start_multiply_add<T>(dk, rounded_dscores, smem.q[summed.stage]);
+      } else {
+        sum_place.wait_full(smem.shared_ring[number]);
+        ptx::wgmma_fence();
+        start_multiply_add<T>(dk, smem.dscores[sum_place.stage][number], smem.q[summed.stage]);
+      }
+    };
+    const auto start_dq = [&](Dq& dq) {
+      const int column = number * Config::kDqColumns;
+      const auto& dscores_smem = smem.dscores[sum_place.stage];
+      for (auto& ring : smem.shared_ring) sum_place.wait_full(ring);
+      ptx::wgmma_fence();
+      multiply_across<T, false>(dq, dscores_smem[0], keys_smem[0].k, column);
+      multiply_across<T, true>(dq, dscores_smem[1], keys_smem[1].k, column);
+      ptx::wgmma_commit();
+    };
+    const auto add_dq = [&](const Dq& dq, const StreamedTile& streamed) {
+      const int warp = number * 4 + static_cast<int>(threadIdx.x) / 32 % 4;
+      float4* slot = DqSlot<Config>::of(workspace, streamed.slot, warp) + ptx::lane();
+      const auto for_each = [&](auto f) {
+#pragma unroll
+        for (int j = 0; j < Dq::kColumnTiles; ++j) {
+          const float (&own)[4] = dq.at[0][j];
+          f(slot + j * 32, float4{own[0], own[1], own[2], own[3]});
+        }
+      };
+      if (streamed.first) {
+        for_each([](float4* gmem, float4 value) { *gmem = value; });
+      } else {
+        for_each([](float4* gmem, float4 value) { ptx::add(gmem, value); });
+      }
+    };
+    const auto end_sums = [&](const auto& summed, Dq& dq) {
+      // A loop: ptxas moves no wait for wgmma above it.
+      ptx::mbarrier_wait(smem.turn[summed.stage], summed.round);
+      ptx::wgmma_wait<0>();
+      ptx::pin(dk);
+      ptx::pin(dv);
+      ptx::pin(dq);
+      if constexpr (Config::kOverlapsDv) keep(rounded_weights);
+      if constexpr (Config::kDscoresInRegisters) keep(rounded_dscores);
+      for (auto& ring : smem.shared_ring) sum_place.arrive_empty(ring);
+      sum_place.advance();
+      add_dq(dq, smem.tile[summed.stage]);
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(smem.added[summed.stage]);
+    };
+    // From the weights of the tile at `place` to its sums, beside which run the scores of the next
+    // one and their exponentials.
+    const auto step = [&](auto has_next) {
+      constexpr bool kHasNext = decltype(has_next)::value;
+      rounded_weights.round(weights);
+      ptx::wgmma_fence();
+      start_dscores();
+      start_multiply_add<T>(dv, rounded_weights, smem.dout[place.stage]);
+      ptx::wgmma_wait<1>();
+      find_dscores();
+      rounded_dscores.round(dscores);
+      share_dscores();
+      const auto summed = place;
+      place.advance();
+      Dq dq;
+      if constexpr (kHasNext) {
+        start_scores();
+      } else if constexpr (!Config::kOverlapsDv) {
+        ptx::wgmma_wait<0>();
+        keep(rounded_weights);
+      }
+      ptx::wgmma_fence();
+      start_dk(summed);
+      start_dq(dq);
+      if constexpr (kHasNext) {
+        ptx::wgmma_wait<2>();
+        find_weights();
+      }
+      end_sums(summed, dq);
+    };
+    // The sums of the tile at `place`, whose weights are shared, beside all of the next one.
+    const auto wide_step = [&](auto has_next) {
+      constexpr bool kHasNext = decltype(has_next)::value;
+      const auto summed = place;
+      place.advance();
+      Dq dq;
+      if constexpr (kHasNext) {
+        start_scores();
+        start_dscores();
+      }
+      ptx::wgmma_fence();
+      start_multiply_add<T>(dv, rounded_weights, smem.dout[summed.stage]);
+      start_dk(summed);
+      if constexpr (kHasNext) {
+        ptx::wgmma_wait<3>();
+        find_weights();
+      }
+      start_dq(dq);  // late: the other warpgroup may be behind
+      if constexpr (kHasNext) {
+        ptx::wgmma_wait<3>();
+        find_dscores();
+        ptx::wgmma_wait<1>();
+        keep(rounded_weights);
+        keep(rounded_dscores);
+        rounded_weights.round(weights);
+        rounded_dscores.round(dscores);
+        share_dscores();
+      }
+      end_sums(summed, dq);
+    };
+    if (own_tile.any_queries) {
+      start_scores();
+      if constexpr (Config::kWide) {
+        start_dscores();
+        ptx::wgmma_wait<0>();
+        find_weights();
+        find_dscores();
+        rounded_weights.round(weights);
+        rounded_dscores.round(dscores);
+        share_dscores();
+#pragma unroll 1
+        while (!smem.tile[place.stage].last) wide_step(std::true_type{});
+        wide_step(std::false_type{});
+      } else {
+        ptx::wgmma_wait<0>();
+        find_weights();
+#pragma unroll 1
+        while (!smem.tile[place.stage].last) step(std::true_type{});
+        step(std::false_type{});
+      }
+    }
+
+    // dk and dv take the place of k and v.
+    const QueryTile part = part_of(own, number);
+    const auto sync = [&] { ptx::named_barrier(kPart + number, 128); };
+    const auto load_earlier = [&](auto& own_smem, const TensorView& target, int head_dim) {
+      load_tile<128>(own_smem, head_gmem<const T>(target, part.batch, part.head), target.row_stride,
+                     branch.queries, part.group, part.first_row, part.first_row + part.rows,
+                     head_dim);
+    };
+    const auto write = [&](auto& own_smem, const auto& sum, float factor) {
+      const float factors[] = {factor, factor}, ones[] = {1.f, 1.f};
+      write_rows<T>(own_smem, sum, factors, ones, params.accumulate);
+    };
+    const auto store = [&](auto& own_smem, const TensorView& target, int head_dim) {
+      T* gmem = head_gmem<T>(target, part.batch, part.head);
+      for_each_row<std::decay_t<decltype(own_smem)>>(
+          branch.queries, part.group, part.first_row, part.rows,
+          [&](int row, int64_t token, bool exists) {
+            store_row(own_smem, row, gmem + token * target.row_stride, head_dim, exists);
+          });
+    };
+    ptx::named_barrier(kComputeBarrier, kComputing);  // no wgmma reads k and v any more
+    if (params.accumulate) {
+      load_earlier(part_smem.k, params.dk, params.head_dim);
+      load_earlier(part_smem.v, params.dv, params.head_dim_v);
+      ptx::cp_async_commit();
+      ptx::cp_async_wait<0>();
+      sync();
+    }
+    write(part_smem.k, dk, params.scale);
+    write(part_smem.v, dv, 1.f);
+    ptx::fence_async_proxy();  // between this and the next keys; not after stores it would wait for
+    sync();
+    store(part_smem.k, params.dk, params.head_dim);
+    store(part_smem.v, params.dv, params.head_dim_v);
+    key_place.arrive_empty(smem.key_ring);
+    key_place.advance();
+    own_place.advance();
+  }
+}
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
+    backward_ordered_kernel(const __grid_constant__ BackwardParams params,
+                            const __grid_constant__ Plan plan, const __grid_constant__ Maps maps,
+                            const __grid_constant__ Workspace workspace) {
+  extern __shared__ __align__(1024) char shared_memory[];
+  auto& smem = *reinterpret_cast<typename Config::SharedMemory*>(shared_memory);
+  if (threadIdx.x == 0) {
+    constexpr int kWarps = 4 * Config::kConsumers;
+    smem.key_ring.init(2 * 32, kWarps);  // of each lane: its copies, its intervals
+    smem.ring.init(32 + 1, 1);           // copies of each lane; what was not copied
+    for (int stage = 0; stage < Config::kStages; ++stage) {
+      ptx::mbarrier_init(smem.turn[stage], 1);
+      ptx::mbarrier_init(smem.added[stage], kWarps);
+    }
+    for (auto& ring : smem.shared_ring) ring.init(4, kWarps);
+    smem.job_ring.init(1, 1);
+    ptx::mbarrier_init(smem.sum_full, 32);
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
+  if (warpgroup == 0) {
+    ptx::give_registers<Config::kLoadRegisters>();
+    const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
+    if (warp == 0) load<Config>(smem, params, plan, maps, workspace);
+    if (warp == 1) finish<Config>(smem, params, workspace);
+    if (warp == 2) await_turns<Config>(smem, params, plan, workspace);
+    if (warp == 3) end_turns<Config>(smem, params, workspace);
+  } else {
+    ptx::take_registers<Config::kComputeRegisters>();
+    compute<Config>(smem, params, workspace, warpgroup - 1);
+  }
+}
+
+}  // namespace sparse_attn::sm90::backward_ordered
