@@ -55,6 +55,19 @@ __device__ __forceinline__ void tma_store(const CUtensorMap& map, const void* sm
       : "memory");
 }
 
+// Likewise; the L2 cache gives up these bytes first.
+__device__ __forceinline__ void tma_store_last(const CUtensorMap& map, const void* smem, int column,
+                                               int place, int run, int head, int batch) {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile(
+      "cp.async.bulk.tensor.5d.global.shared::cta.bulk_group.L2::cache_hint"
+      " [%0, {%2, %3, %4, %5, %6}], [%1], %7;" ::"l"(&map),
+      "r"(shared_address(smem)), "r"(column), "r"(place), "r"(run), "r"(head), "r"(batch),
+      "l"(policy)
+      : "memory");
+}
+
 // Waits until this thread's copies so far have read shared memory.
 __device__ __forceinline__ void tma_wait_read() {
   asm volatile(

@@ -75,18 +75,25 @@ struct Rows {
         batch(batch) {}
 
   // Stores rows [first_row, end_row) of a group, with the map if it holds them: by a warp, whose
-  // first lane then waits for the copy.
+  // first lane then waits for the copy. `last`: nobody reads these rows soon.
   template <class Tile>
-  __device__ __forceinline__ void store(Tile& tile_smem, int group, int first_row,
-                                        int end_row) const {
+  __device__ __forceinline__ void store(Tile& tile_smem, int group, int first_row, int end_row,
+                                        bool last = false) const {
     if (first_row == end_row) return;  // the map has rows of the next group there
     if (map.holds(first_row, end_row)) {
       if (threadIdx.x % 32 != 0) return;
 #pragma unroll
       for (int panel = 0; panel < Tile::kColumns / Tile::kPanelColumns; ++panel) {
-        ptx::tma_store(map.map, tile_smem.elements + panel * Tile::kPanelElements,
-                       panel * Tile::kPanelColumns, group * map.group_step + first_row % map.run,
-                       first_row / map.run, head, batch);
+        if (last) {
+          ptx::tma_store_last(map.map, tile_smem.elements + panel * Tile::kPanelElements,
+                              panel * Tile::kPanelColumns,
+                              group * map.group_step + first_row % map.run, first_row / map.run,
+                              head, batch);
+        } else {
+          ptx::tma_store(map.map, tile_smem.elements + panel * Tile::kPanelElements,
+                         panel * Tile::kPanelColumns, group * map.group_step + first_row % map.run,
+                         first_row / map.run, head, batch);
+        }
       }
     } else {
       for_each_row<Tile, 32>(

@@ -7,10 +7,10 @@
 #include "attention/reach.h"
 #include "attention/register_tile.cuh"
 #include "attention/shared_tile.cuh"
+#include "sm90/forward/warp_tile.cuh"
 #include "sm90/query_tiles.h"
 #include "sm90/ring.cuh"
 #include "sm90/view_map.h"
-#include "sm90/walk.cuh"
 
 namespace sparse_attn::sm90::forward {
 
@@ -42,12 +42,15 @@ struct Config {
   static constexpr int kTileQueries = kConsumers * kWarpgroupRows;
   static constexpr int kTileKeys = kMany && !kWide ? 128 : 64;
   static constexpr int kThreads = 128 * (1 + kConsumers);
+  // A tile is taken while there is no room yet for its queries: its keys go ahead.
+  static constexpr bool kAhead = !kMany && (kBranches > 1 || kHeadDim <= 32);
   // Tiles of keys, and of values.
   static constexpr int kKeyStages = kWide || (kMany && !kSmall) ? 2
                                     : kMany || kBranches == 1   ? 4
                                                                 : 3;
   // The next queries load while these are computed, where there is room for both.
   static constexpr int kQueryStages = kWide ? 1 : 2;
+  static constexpr int kTakenStages = kQueryStages + kAhead;
   static constexpr bool kMerges = !kWide;  // else there is no room for what earlier branches left
   // Of that, for as many parts of the queries at a time; or for one.
   static constexpr int kEarlierTiles = !kMany && kBranches > 1 ? kConsumers : 1;
@@ -58,11 +61,6 @@ struct Config {
   // Of a lane that loads and of one that computes.
   static constexpr int kLoadRegisters = kConsumers == 3 ? 32 : kCtas == 2 ? 48 : 56;
   static constexpr int kComputeRegisters = kConsumers == 3 ? 160 : kCtas == 2 ? 96 : 224;
-  // The scores of a tile beside the sums of the one before: if there are registers for both.
-  static constexpr bool kOverlap = kCtas == 1 || kHeadDimV <= 32;
-  // Who finds what each query attends: with two CTAs, warps that compute have no issue slots to
-  // spare.
-  static constexpr bool kLoaderFinds = kCtas == 2;
   // What a CTA starts with is all there is to share.
   static constexpr int kRegisters = 65536 / (kCtas * kThreads) / 8 * 8;
   static_assert(kLoadRegisters + kConsumers * kComputeRegisters <= (1 + kConsumers) * kRegisters);
@@ -90,14 +88,20 @@ struct Config {
     std::conditional_t<kMerges, OutputPart[kEarlierTiles], Nothing> earlier;
     Keys k[kKeyStages];
     Values v[kKeyStages];
-    int branch[kQueryStages];
-    QueryTile query_tile[kQueryStages];  // no row: the last
-    bool any_keys[kQueryStages];
-    SeenTile tile[kKeyStages][kConsumers];  // of the keys at a stage
-    Interval attended[kQueryStages][kMaxSegments][kTileQueries];
-    float lse[kQueryStages][kConsumers][kWarpgroupRows];  // of earlier branches, then of all
+    struct Taken {
+      int branch;
+      QueryTile queries;  // no row: the last
+      Interval attended[kMaxSegments][kTileQueries];
+    } taken[kTakenStages];
+    int taken_at[kQueryStages];  // stage of what was taken, of the queries at a stage
+    // Of the keys at a stage, as each warpgroup or each warp that computes sees them.
+    std::conditional_t<kMany, SeenTile[kKeyStages][kConsumers],
+                       WarpTile[kKeyStages][4 * kConsumers]>
+        tile;
+    float earlier_lse[kEarlierTiles][kWarpgroupRows];  // of few keys
+    float lse[kQueryStages][kConsumers][kWarpgroupRows];
     RingBarriers<kQueryStages> query_ring;
-    uint64_t found[kQueryStages];                 // what the queries attend
+    uint64_t found[kTakenStages];                 // what the queries attend
     uint64_t computed[kQueryStages][kConsumers];  // the output and the lse
     uint64_t earlier_full[kConsumers];            // of a warpgroup that computes
     uint64_t earlier_empty[kEarlierTiles];

@@ -11,21 +11,15 @@
 #include "attention/finish_rows.cuh"
 #include "attention/mask.cuh"
 #include "ptx/registers.cuh"
+#include "sm90/forward/compute_few.cuh"
 #include "sm90/forward/config.h"
+#include "sm90/forward/parts.cuh"
 #include "sm90/load_rows.cuh"
 #include "sm90/multiply.cuh"
 #include "sm90/tickets.cuh"
 #include "sm90/walk.cuh"
 
 namespace sparse_attn::sm90::forward {
-
-constexpr int kComputeBarrier = 1;  // and on; 0 is __syncthreads
-
-// Which 64 queries of a tile a warpgroup computes.
-template <class Config>
-__device__ __forceinline__ int part_number(int warpgroup, int stage) {
-  return Config::kTurns ? warpgroup ^ stage : warpgroup;
-}
 
 // The number of a tile's (batch, head) in a launch.
 __device__ __forceinline__ int pair_of(const ForwardParams& params, const QueryTile& tile) {
@@ -42,45 +36,60 @@ __device__ __forceinline__ void load_queries(SharedMemory& smem, const ForwardPa
   const Counters counters = {params.counters};
   Items<Tiles> items(tiles, counters);
   Place<Config::kQueryStages> place;
-  bool found = true;
-  while (found) {
-    place.wait_empty(smem.query_ring);
-    const int stage = place.stage;
-    uint64_t& full = smem.query_ring.full[stage];
-    Item item;
-    found = items.next(item, params.branches);
-    if (found && item.tile.rows == 0) {
+  Place<Config::kTakenStages> taken_place;
+  const auto at = [&] { return Config::kAhead ? taken_place.stage : place.stage; };
+  bool more = true;  // tiles to come
+  const auto take = [&] {
+    auto& taken = smem.taken[at()];
+    Item item{};
+    while (items.next(item, params.branches) && item.tile.rows == 0) {
       if (Tiles::kBranches > 1 && item.branch == 0 && first_lane) {
         counters.publish(pair_of(params, item.tile));
       }
-      continue;
+      item = {};
     }
-    if (!found) item = {0, {}};
     const int branch_number = Tiles::kBranches == 1 ? 0 : item.branch;
-    if (first_lane) smem.branch[stage] = branch_number, smem.query_tile[stage] = item.tile;
+    if (first_lane) taken.branch = branch_number, taken.queries = item.tile;
     __syncwarp();
-    if (found) {
-      const QueryTile& queries = smem.query_tile[stage];  // read when needed: registers are scarce
-      const Branch& branch = params.branches[branch_number];
-      const Rows<T> q(maps.branch[branch_number].q, branch.queries, params.q, params.head_dim,
-                      queries.batch, queries.head);
+    more = item.tile.rows > 0;
+  };
+  const auto find = [&] {
+    auto& taken = smem.taken[at()];
+    const Branch& branch = params.branches[Tiles::kBranches == 1 ? 0 : taken.branch];
+    if (more) {
+      if constexpr (Config::kMany) {
+        find_ends(taken.attended, branch, taken.queries);
+      } else {
+        find_attended<32>(taken.attended, branch, taken.queries);
+      }
+    }
+    __syncwarp();
+    if (first_lane) ptx::mbarrier_arrive(smem.found[at()]);
+  };
+  while (more) {
+    if (Config::kAhead) take(), find();
+    place.wait_empty(smem.query_ring);
+    if (!Config::kAhead) take();
+    const int stage = place.stage;
+    const auto& taken = smem.taken[at()];  // read when needed: registers are scarce
+    if (Config::kAhead && first_lane) smem.taken_at[stage] = at();
+    if (more) {
+      const int branch_number = Tiles::kBranches == 1 ? 0 : taken.branch;
+      const Rows<T> q(maps.branch[branch_number].q, params.branches[branch_number].queries,
+                      params.q, params.head_dim, taken.queries.batch, taken.queries.head);
 #pragma unroll 1
       for (int number = 0; number < Config::kConsumers; ++number) {
-        const QueryTile part = part_of(queries, number);
-        q.template load<32>(smem.queries[stage].part[number].q, full, part.group, part.first_row,
-                            part.first_row + part.rows, branch_number > 0);
-      }
-      if constexpr (Config::kLoaderFinds) {
-        find_attended<32>(smem.attended[stage], branch, queries);
-      } else {
-        find_ends(smem.attended[stage], branch, queries);
+        const QueryTile part = part_of(taken.queries, number);
+        q.template load<32>(smem.queries[stage].part[number].q, smem.query_ring.full[stage],
+                            part.group, part.first_row, part.first_row + part.rows,
+                            branch_number > 0);
       }
     }
-    ptx::cp_async_arrive(full);
-    ptx::mbarrier_arrive(full);  // what was not copied
-    __syncwarp();
-    if (first_lane) ptx::mbarrier_arrive(smem.found[stage]);
+    if (!Config::kAhead) find();
+    ptx::cp_async_arrive(smem.query_ring.full[stage]);
+    ptx::mbarrier_arrive(smem.query_ring.full[stage]);  // what was not copied
     place.advance();
+    taken_place.advance();
   }
 }
 
@@ -90,28 +99,26 @@ __device__ __forceinline__ void load_keys(SharedMemory& smem, const ForwardParam
                                           const ForwardMaps<Tiles::kBranches>& all_maps) {
   using T = typename Config::Element;
   const int lane = threadIdx.x % 32;
-  Place<Config::kQueryStages> query_place;
+  Place<Config::kTakenStages> taken_place;
   Place<Config::kKeyStages> place;
   while (true) {
-    const int stage = query_place.stage;
-    ptx::mbarrier_wait(smem.found[stage], query_place.round);
-    const QueryTile& queries = smem.query_tile[stage];  // read when needed: registers are scarce
+    const auto& taken = smem.taken[taken_place.stage];
+    ptx::mbarrier_wait(smem.found[taken_place.stage], taken_place.round);
+    const QueryTile& queries = taken.queries;  // read when needed: registers are scarce
     if (queries.rows == 0) break;
-    const int branch_number = Tiles::kBranches == 1 ? 0 : smem.branch[stage];
+    const int branch_number = Tiles::kBranches == 1 ? 0 : taken.branch;
     const Branch& branch = params.branches[branch_number];
     const BranchMaps& maps = all_maps.branch[branch_number];
-    const auto& attended_smem = smem.attended[stage];
+    const auto& attended_smem = taken.attended;
     KeyWalk<Config::kTileKeys, Config::kTileQueries> walk(branch, queries, attended_smem);
-    bool more = walk.next();
-    if (lane == 0) {
-      smem.any_keys[stage] = more;
-      ptx::mbarrier_arrive(smem.query_ring.full[stage]);
-    }
+    const bool any = walk.next();  // else there is one tile that nobody attends
     const int kv_head = kv_head_of(params, queries.head);
+    bool more = true;
     while (more) {
       KeyTile tile = walk.tile;
-      const bool keeps = walk.keeps();
-      more = walk.next();  // ahead: the intervals are not read once all tiles are full
+      if (!any) tile.segment = 0;
+      const bool keeps = any && walk.keeps();
+      more = any && walk.next();  // ahead: the intervals are not read once all tiles are full
       const SequenceView& view = branch.segments[tile.segment].keys;
       const auto load = [&](auto& tile_smem, auto& ring, const ViewMap& map,
                             const TensorView& tensor, int head_dim) {
@@ -121,36 +128,27 @@ __device__ __forceinline__ void load_keys(SharedMemory& smem, const ForwardParam
         ptx::cp_async_arrive(ring.full[place.stage]);
       };
       place.wait_empty(smem.k_ring);
-      if (lane < Config::kConsumers) {
-        SeenTile seen = as_seen<Config::kTileKeys>(tile, more, queries, lane, attended_smem);
-        seen.tile.exists = seen.tile.exists && keeps;
-        smem.tile[place.stage][lane] = seen;
-        ptx::mbarrier_arrive(smem.k_ring.full[place.stage]);
+      if constexpr (Config::kMany) {
+        if (lane < Config::kConsumers) {
+          SeenTile seen = as_seen<Config::kTileKeys>(tile, more, queries, lane, attended_smem);
+          seen.tile.exists = seen.tile.exists && keeps;
+          smem.tile[place.stage][lane] = seen;
+          ptx::mbarrier_arrive(smem.k_ring.full[place.stage]);
+        }
+      } else {
+        const bool part_keeps = __shfl_sync(0xffffffff, keeps, lane / 4 % Config::kConsumers);
+        if (lane < 4 * Config::kConsumers) {
+          smem.tile[place.stage][lane] =
+              WarpTile::of(tile, more, part_keeps, queries, lane, attended_smem);
+          ptx::mbarrier_arrive(smem.k_ring.full[place.stage]);
+        }
       }
       load(smem.k, smem.k_ring, maps.k[tile.segment], params.k, params.head_dim);
       place.wait_empty(smem.v_ring);
       load(smem.v, smem.v_ring, maps.v[tile.segment], params.v, params.head_dim_v);
       place.advance();
     }
-    query_place.advance();
-  }
-  if (lane == 0) ptx::mbarrier_arrive(smem.query_ring.full[query_place.stage]);
-}
-
-// Whether queries of a branch merge with earlier branches.
-template <class Config>
-__device__ __forceinline__ bool merges(const ForwardParams& params, int branch_number,
-                                       const QueryTile& queries) {
-  return Config::kMerges && (branch_number > 0 || params.merge) && queries.rows > 0;
-}
-
-// What earlier branches left for a warpgroup that computes.
-template <class Config, class SharedMemory>
-__device__ __forceinline__ auto& earlier_of(SharedMemory& smem, int warpgroup) {
-  if constexpr (Config::kMerges) {
-    return smem.earlier[warpgroup % Config::kEarlierTiles];
-  } else {
-    return smem.queries[0].part[warpgroup].out;  // not used
+    taken_place.advance();
   }
 }
 
@@ -172,38 +170,44 @@ __device__ __forceinline__ void load_earlier(SharedMemory& smem, const ForwardPa
                                              const Tiles& tiles,
                                              const ForwardMaps<Tiles::kBranches>& maps) {
   using T = typename Config::Element;
+  Place<Config::kTakenStages> taken_place;
   Place<Config::kQueryStages> query_place;
   int used = 0;  // a bit for each place: parity of the times
   while (true) {
-    query_place.wait_full(smem.query_ring);
+    ptx::mbarrier_wait(smem.found[taken_place.stage], taken_place.round);
     const int stage = query_place.stage;
-    const QueryTile queries = smem.query_tile[stage];
-    const int branch_number = Tiles::kBranches == 1 ? 0 : smem.branch[stage];
+    const auto& taken = smem.taken[taken_place.stage];
+    const QueryTile queries = taken.queries;
+    const int branch_number = Tiles::kBranches == 1 ? 0 : taken.branch;
+    if (queries.rows == 0) break;
+    if (merges<Config>(params, branch_number, queries)) {
+      if constexpr (Tiles::kBranches > 1) {
+        Counters{params.counters}.wait(pair_of(params, queries), tiles.first);
+      }
+      const Branch& branch = params.branches[branch_number];
+      const Rows<T> out(maps.branch[branch_number].out, branch.queries, params.out,
+                        params.head_dim_v, queries.batch, queries.head);
+#pragma unroll 1
+      for (int warpgroup = 0; warpgroup < Config::kConsumers; ++warpgroup) {
+        const QueryTile part = part_of(queries, part_number<Config>(warpgroup, stage));
+        if (part.rows == 0) continue;
+        const int place = warpgroup % Config::kEarlierTiles;
+        uint64_t& full = smem.earlier_full[warpgroup];
+        ptx::mbarrier_wait(smem.earlier_empty[place], (used >> place & 1) ^ 1);
+        used ^= 1 << place;
+        out.template load<32>(earlier_of<Config>(smem, warpgroup), full, part.group, part.first_row,
+                              part.first_row + part.rows, Tiles::kBranches > 1);
+        float* lse_smem = earlier_lse_of<Config>(smem, stage, warpgroup);
+        for_each_lse(params, branch, part, [&](int row, const float* lse_gmem, bool exists) {
+          ptx::cp_async_4(lse_smem + row, lse_gmem, exists);
+        });
+        ptx::cp_async_arrive(full);
+      }
+    }
+    query_place.wait_full(smem.query_ring);
     query_place.arrive_empty(smem.query_ring);
     query_place.advance();
-    if (queries.rows == 0) break;
-    if (!merges<Config>(params, branch_number, queries)) continue;
-    if constexpr (Tiles::kBranches > 1) {
-      Counters{params.counters}.wait(pair_of(params, queries), tiles.first);
-    }
-    const Branch& branch = params.branches[branch_number];
-    const Rows<T> out(maps.branch[branch_number].out, branch.queries, params.out, params.head_dim_v,
-                      queries.batch, queries.head);
-#pragma unroll 1
-    for (int warpgroup = 0; warpgroup < Config::kConsumers; ++warpgroup) {
-      const QueryTile part = part_of(queries, part_number<Config>(warpgroup, stage));
-      if (part.rows == 0) continue;
-      const int place = warpgroup % Config::kEarlierTiles;
-      uint64_t& full = smem.earlier_full[warpgroup];
-      ptx::mbarrier_wait(smem.earlier_empty[place], (used >> place & 1) ^ 1);
-      used ^= 1 << place;
-      out.template load<32>(earlier_of<Config>(smem, warpgroup), full, part.group, part.first_row,
-                            part.first_row + part.rows, Tiles::kBranches > 1);
-      for_each_lse(params, branch, part, [&](int row, const float* lse_gmem, bool exists) {
-        ptx::cp_async_4(&smem.lse[stage][warpgroup][row], lse_gmem, exists);
-      });
-      ptx::cp_async_arrive(full);
-    }
+    taken_place.advance();
   }
 }
 
@@ -217,8 +221,9 @@ __device__ __forceinline__ void store(SharedMemory& smem, const ForwardParams& p
   while (true) {
     query_place.wait_full(smem.query_ring);
     const int stage = query_place.stage;
-    const QueryTile queries = smem.query_tile[stage];
-    const int branch_number = Tiles::kBranches == 1 ? 0 : smem.branch[stage];
+    const auto& taken = taken_of<Config>(smem, stage);
+    const QueryTile queries = taken.queries;
+    const int branch_number = Tiles::kBranches == 1 ? 0 : taken.branch;
     if (queries.rows == 0) break;
     const Branch& branch = params.branches[branch_number];
     const Rows<T> out(maps.branch[branch_number].out, branch.queries, params.out, params.head_dim_v,
@@ -229,9 +234,10 @@ __device__ __forceinline__ void store(SharedMemory& smem, const ForwardParams& p
       const QueryTile part = part_of(queries, number);
       ptx::mbarrier_wait(smem.computed[stage][warpgroup], query_place.round);
       const auto store_from = [&](auto& tile_smem) {
-        out.store(tile_smem, part.group, part.first_row, part.first_row + part.rows);
+        out.store(tile_smem, part.group, part.first_row, part.first_row + part.rows,
+                  branch_number > 0);
       };
-      if (merges<Config>(params, branch_number, part)) {
+      if (Config::kMany && merges<Config>(params, branch_number, part)) {
         store_from(earlier_of<Config>(smem, warpgroup));
         if (first_lane) ptx::tma_wait_read();
         __syncwarp();
@@ -268,26 +274,27 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
   while (true) {
     const int stage = query_place.stage;
     query_place.wait_full(smem.query_ring);
-    const QueryTile& queries = smem.query_tile[stage];
+    auto& taken = taken_of<Config>(smem, stage);
+    const QueryTile& queries = taken.queries;
     if (queries.rows == 0) break;
-    const int branch_number = Tiles::kBranches == 1 ? 0 : smem.branch[stage];
+    const int branch_number = Tiles::kBranches == 1 ? 0 : taken.branch;
     const Branch& branch = params.branches[branch_number];
     const int number = part_number<Config>(warpgroup, stage);
     const int first_row = number * kWarpgroupRows;
     const QueryTile part = part_of(queries, number);
     auto& q_smem = smem.queries[stage].part[number].q;
-    auto& attended_smem = smem.attended[stage];
+    auto& attended_smem = taken.attended;
 
     typename Config::Scores scores;
     Rounded<T, typename Config::Scores> weights;
     float shrink[kLaneRows];  // by which a tile's greater maxima shrink what is summed
     bool shrinks;
-    bool summed = Config::kOverlap;  // few tiles: the first has nothing to shrink
     typename Config::Output out;
     out.clear();
     OnlineSoftmax<kLaneRows> softmax;
-    bool more = smem.any_keys[stage];   // whether there is a tile at key_place
-    bool found = Config::kLoaderFinds;  // what the queries attend
+    // Whether there is a tile at key_place. The first is there, but a constant makes ptxas spill.
+    bool more = queries.rows > 0;
+    bool found = false;  // what the queries attend
     const auto tile = [&]() -> const KeyTile& { return smem.tile[key_place.stage][number].tile; };
     const auto attends_tile = [&] {
       key_place.wait_full(smem.k_ring);
@@ -317,9 +324,6 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
       }
       fill_others(scores, attended_smem[tile().segment] + first_row + warp_row, tile(),
                   minus_infinity());
-      if (!Config::kMany && branch.residues > 1) {
-        fill_other_residues(scores, branch.residues, tile().first_row, minus_infinity());
-      }
       more = smem.tile[key_place.stage][number].more;
       key_place.arrive_empty(smem.k_ring);
       shrinks = softmax.update_rarely(scores, scale_log2, shrink);
@@ -338,10 +342,7 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
       weighed_place.arrive_empty(smem.v_ring);
     };
     const auto take_weights = [&] {
-      if (shrinks && summed) {
-        out.for_each([&](float& element, int row, int) { element *= shrink[row]; });
-      }
-      summed = true;
+      if (shrinks) out.for_each([&](float& element, int row, int) { element *= shrink[row]; });
       weights.round(scores);
       weighed_place = key_place;
       key_place.advance();
@@ -357,17 +358,15 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams&
       ptx::wgmma_wait<0>();
       weigh();
       take_weights();
-      if constexpr (Config::kOverlap) {
-        // A tile that is passed over ends this: with values in hand there may be no stage to load
-        // the next ones into.
-        while (more && attends_tile()) {
-          start_scores();
-          start_sums();
-          ptx::wgmma_wait<1>();
-          weigh();
-          end_sums();
-          take_weights();
-        }
+      // A tile that is passed over ends this: with values in hand there may be no stage to load the
+      // next ones into.
+      while (more && attends_tile()) {
+        start_scores();
+        start_sums();
+        ptx::wgmma_wait<1>();
+        weigh();
+        end_sums();
+        take_weights();
       }
       start_sums();
       end_sums();
@@ -405,16 +404,18 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
   auto& smem = *reinterpret_cast<typename Config::SharedMemory*>(shared_memory);
   if (threadIdx.x == 0) {
     constexpr int kWarps = 4 * Config::kConsumers;
-    // Of each lane: its copies, its intervals; and whether there are keys. Emptied by the warps
-    // that load earlier output and store.
-    smem.query_ring.init(2 * 32 + 1, 2);
+    // Of each lane: its copies, its intervals. Emptied by the warps that load earlier output and
+    // store.
+    smem.query_ring.init(2 * 32, 2);
     for (uint64_t& found : smem.found) ptx::mbarrier_init(found, 1);
     for (auto& stage : smem.computed) {
       for (uint64_t& computed : stage) ptx::mbarrier_init(computed, 4);
     }
     for (uint64_t& full : smem.earlier_full) ptx::mbarrier_init(full, 32);
-    for (uint64_t& empty : smem.earlier_empty) ptx::mbarrier_init(empty, 1);
-    smem.k_ring.init(32 + Config::kConsumers, kWarps);  // and how each part sees the tile
+    // By the warp that stores, or by those that begin with it.
+    for (uint64_t& empty : smem.earlier_empty) ptx::mbarrier_init(empty, Config::kMany ? 1 : 4);
+    // And how each part, or each warp, sees the tile.
+    smem.k_ring.init(32 + (Config::kMany ? Config::kConsumers : kWarps), kWarps);
     smem.v_ring.init(32, kWarps);
     ptx::fence_mbarrier_init();
   }
@@ -434,7 +435,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
     }
   } else {
     ptx::take_registers<Config::kComputeRegisters>();
-    compute<Config, Tiles>(smem, params, maps, warpgroup - 1);
+    if constexpr (Config::kMany) {
+      compute<Config, Tiles>(smem, params, maps, warpgroup - 1);
+    } else {
+      compute_few<Config, Tiles>(smem, params, maps, warpgroup - 1);
+    }
   }
 }
 

@@ -54,8 +54,10 @@ void launch_two(const ForwardParams& params) {
   CHECK_CUDA(cudaMemsetAsync(params.counters, 0,
                              sizeof(int) * (1 + params.batch * params.head_count),
                              static_cast<cudaStream_t>(params.stream)));
-  // A CTA computes one item and loads the next. Tuned on an H100: 1 waits longer, 2 leaves L2.
-  const int distance = 3 * ctas_of<Config>(params.device) / 2;
+  // A CTA computes one item, loads the next and has taken a third. Tuned on an H100: nearer waits
+  // longer, farther leaves L2.
+  const int ctas = ctas_of<Config>(params.device);
+  const int distance = Config::kCtas == 2 ? 9 * ctas / 4 : ctas;
   launch_staying<Config>(forward_kernel<Config, MergedTiles>, params,
                          MergedTiles::of(params.branches, Config::kTileQueries, params.first_head,
                                          params.head_count, params.batch, distance),
@@ -79,7 +81,8 @@ inline bool go_together(const ForwardParams& params) {
 template <class T, int kHeadDim, int kHeadDimV>
 void launch(const ForwardParams& call) {
   constexpr bool kMerges = Config<T, kHeadDim, kHeadDimV, Reach::few, 1>::kMerges;
-  const bool together = kMerges && go_together(call);
+  constexpr bool kTogether = kMerges && kHeadDim > 32;  // small heads: L2 has them all the same
+  const bool together = kTogether && go_together(call);
   if (call.branch_count > 1 && !together) {
     return one_by_one(call, launch<T, kHeadDim, kHeadDimV>);
   }
@@ -89,7 +92,7 @@ void launch(const ForwardParams& call) {
     params.branches[i] = with_short_groups_together(params.branches[i], 2 * kWarpgroupRows);
   }
   if (together) {
-    if constexpr (kMerges) launch_two<T, kHeadDim, kHeadDimV>(params);
+    if constexpr (kTogether) launch_two<T, kHeadDim, kHeadDimV>(params);
   } else if (reach_of(params.branches[0]) == Reach::many) {
     launch_one<T, kHeadDim, kHeadDimV, Reach::many>(params);
   } else {
