@@ -48,23 +48,6 @@ struct OnlineSoftmax {
     weigh(scores, scale_log2, tile_max, shrink);
   }
 
-  // Likewise, but leaves the maxima of a warp alone until one falls behind by more than a factor of
-  // 2^8: weights up to 256 are as exact in 16 bits. Whether anything shrinks.
-  template <class Tile>
-  __device__ __forceinline__ bool update_rarely(Tile& scores, float scale_log2,
-                                                float (&shrink)[kLaneRows]) {
-    float tile_max[kLaneRows];
-    find_max(scores, scale_log2, tile_max);
-    bool behind = false;
-#pragma unroll
-    for (int i = 0; i < kLaneRows; ++i) behind |= tile_max[i] > row_max[i] + 8.f;
-    const bool shrinks = __any_sync(0xffffffff, behind);
-#pragma unroll
-    for (int i = 0; i < kLaneRows; ++i) tile_max[i] = shrinks ? tile_max[i] : row_max[i];
-    weigh(scores, scale_log2, tile_max, shrink);
-    return shrinks;
-  }
-
  private:
   template <class Tile>
   __device__ __forceinline__ static void find_max(Tile& scores, float scale_log2,

@@ -5,10 +5,10 @@
 
 #include "attention/mask.cuh"
 #include "attention/softmax.cuh"
-#include "ptx/ldmatrix.cuh"
 #include "ptx/reciprocal.cuh"
 #include "sm90/forward/config.h"
 #include "sm90/forward/parts.cuh"
+#include "sm90/forward/warp_rows.cuh"
 #include "sm90/multiply.cuh"
 
 namespace sparse_attn::sm90::forward {
@@ -126,50 +126,6 @@ struct FewSoftmax {
   }
 };
 
-// A warp's 16 rows of a tile in shared memory, 16 columns at a time, as ldmatrix and stmatrix have
-// them: the layout of accumulators.
-template <class T, class Tile>
-struct WarpRows {
-  Tile& tile_smem;
-  int offset;  // of this lane's vector of the first 16 columns
-
-  __device__ __forceinline__ WarpRows(Tile& tile_smem, int warp_row) : tile_smem(tile_smem) {
-    offset = tile_smem.at(warp_row + threadIdx.x % 16, threadIdx.x % 32 / 16) - tile_smem.elements;
-  }
-
-  // Vectors of a panel are permuted by an exclusive or.
-  __device__ __forceinline__ T* at(int i) const {
-    constexpr int kOfPanel = Tile::kPanelVectors / 2;
-    return tile_smem.elements + (offset ^ i % kOfPanel * 16) + i / kOfPanel * Tile::kPanelElements;
-  }
-};
-
-// sum = rows
-template <class Sum, class T, class Tile>
-__device__ __forceinline__ void begin_with(Sum& sum, const WarpRows<T, Tile>& rows) {
-#pragma unroll
-  for (int i = 0; i < Sum::kColumns / 16; ++i) {
-    uint32_t pairs[4];
-    ptx::ldmatrix_x4(pairs, rows.at(i));
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float2 pair = ptx::unpack<T>(pairs[j]);
-      sum.at[0][2 * i + j / 2][j % 2 * 2] = pair.x;
-      sum.at[0][2 * i + j / 2][j % 2 * 2 + 1] = pair.y;
-    }
-  }
-}
-
-// rows = share * sum, rounded.
-template <class Sum, class T, class Tile>
-__device__ __forceinline__ void write(const WarpRows<T, Tile>& rows, Sum& sum,
-                                      const float (&share)[2]) {
-  sum.for_each([&](float& element, int row, int) { element *= share[row]; });
-  const Rounded<T, Sum> rounded(sum);
-#pragma unroll
-  for (int i = 0; i < Sum::kColumns / 16; ++i) ptx::stmatrix_x4(rows.at(i), rounded.at[i]);
-}
-
 // A warpgroup that computes 64 queries of every tile. What earlier branches left is where its sums
 // and its maxima begin.
 template <class Config, class Tiles, class SharedMemory>
@@ -202,8 +158,8 @@ __device__ __forceinline__ void compute_few(SharedMemory& smem, const ForwardPar
       merged ^= 1;
       auto& earlier_smem = earlier_of<Config>(smem, warpgroup);
       const WarpRows<T, typename Config::OutputPart> rows(earlier_smem, warp_row);
-      begin_with(out, rows);
-      softmax.begin_with(earlier_lse_of<Config>(smem, stage, warpgroup) + warp_row);
+      rows.for_each(out, [](float& element, float earlier, int) { element = earlier; });
+      softmax.begin_with(earlier_lse_of<Config>(smem, warpgroup) + warp_row);
       __syncwarp();
       if (threadIdx.x % 32 == 0) {
         ptx::mbarrier_arrive(smem.earlier_empty[warpgroup % Config::kEarlierTiles]);
@@ -267,7 +223,7 @@ __device__ __forceinline__ void compute_few(SharedMemory& smem, const ForwardPar
     float share[2];
     softmax.finish(lse_smem, share);
     ptx::named_barrier(kComputeBarrier + warpgroup, 128);
-    write(WarpRows<T, typename Config::OutputPart>(part_smem.out, warp_row), out, share);
+    WarpRows<T, typename Config::OutputPart>(part_smem.out, warp_row).write(out, share);
     ptx::fence_async_proxy();
     __syncwarp();
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(smem.computed[stage][warpgroup]);

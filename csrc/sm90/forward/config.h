@@ -7,6 +7,7 @@
 #include "attention/reach.h"
 #include "attention/register_tile.cuh"
 #include "attention/shared_tile.cuh"
+#include "sm90/forward/part_tile.cuh"
 #include "sm90/forward/warp_tile.cuh"
 #include "sm90/query_tiles.h"
 #include "sm90/ring.cuh"
@@ -83,8 +84,7 @@ struct Config {
 
   struct SharedMemory {
     Queries queries[kQueryStages];
-    // What earlier branches left, for each warpgroup that computes, or for one at a time; merged in
-    // place.
+    // What earlier branches left, for each warpgroup that computes, or for one at a time.
     std::conditional_t<kMerges, OutputPart[kEarlierTiles], Nothing> earlier;
     Keys k[kKeyStages];
     Values v[kKeyStages];
@@ -95,10 +95,10 @@ struct Config {
     } taken[kTakenStages];
     int taken_at[kQueryStages];  // stage of what was taken, of the queries at a stage
     // Of the keys at a stage, as each warpgroup or each warp that computes sees them.
-    std::conditional_t<kMany, SeenTile[kKeyStages][kConsumers],
+    std::conditional_t<kMany, PartTile[kKeyStages][kConsumers],
                        WarpTile[kKeyStages][4 * kConsumers]>
         tile;
-    float earlier_lse[kEarlierTiles][kWarpgroupRows];  // of few keys
+    float earlier_lse[kEarlierTiles][kWarpgroupRows];
     float lse[kQueryStages][kConsumers][kWarpgroupRows];
     RingBarriers<kQueryStages> query_ring;
     uint64_t found[kTakenStages];                 // what the queries attend

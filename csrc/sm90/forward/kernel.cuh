@@ -8,14 +8,12 @@
 // and the counts.
 #pragma once
 
-#include "attention/finish_rows.cuh"
-#include "attention/mask.cuh"
 #include "ptx/registers.cuh"
 #include "sm90/forward/compute_few.cuh"
+#include "sm90/forward/compute_many.cuh"
 #include "sm90/forward/config.h"
 #include "sm90/forward/parts.cuh"
 #include "sm90/load_rows.cuh"
-#include "sm90/multiply.cuh"
 #include "sm90/tickets.cuh"
 #include "sm90/walk.cuh"
 
@@ -130,9 +128,8 @@ __device__ __forceinline__ void load_keys(SharedMemory& smem, const ForwardParam
       place.wait_empty(smem.k_ring);
       if constexpr (Config::kMany) {
         if (lane < Config::kConsumers) {
-          SeenTile seen = as_seen<Config::kTileKeys>(tile, more, queries, lane, attended_smem);
-          seen.tile.exists = seen.tile.exists && keeps;
-          smem.tile[place.stage][lane] = seen;
+          smem.tile[place.stage][lane] = PartTile::of(
+              as_seen<Config::kTileKeys>(tile, more, queries, lane, attended_smem), keeps);
           ptx::mbarrier_arrive(smem.k_ring.full[place.stage]);
         }
       } else {
@@ -197,7 +194,7 @@ __device__ __forceinline__ void load_earlier(SharedMemory& smem, const ForwardPa
         used ^= 1 << place;
         out.template load<32>(earlier_of<Config>(smem, warpgroup), full, part.group, part.first_row,
                               part.first_row + part.rows, Tiles::kBranches > 1);
-        float* lse_smem = earlier_lse_of<Config>(smem, stage, warpgroup);
+        float* lse_smem = earlier_lse_of<Config>(smem, warpgroup);
         for_each_lse(params, branch, part, [&](int row, const float* lse_gmem, bool exists) {
           ptx::cp_async_4(lse_smem + row, lse_gmem, exists);
         });
@@ -233,20 +230,8 @@ __device__ __forceinline__ void store(SharedMemory& smem, const ForwardParams& p
       const int number = part_number<Config>(warpgroup, stage);
       const QueryTile part = part_of(queries, number);
       ptx::mbarrier_wait(smem.computed[stage][warpgroup], query_place.round);
-      const auto store_from = [&](auto& tile_smem) {
-        out.store(tile_smem, part.group, part.first_row, part.first_row + part.rows,
-                  branch_number > 0);
-      };
-      if (Config::kMany && merges<Config>(params, branch_number, part)) {
-        store_from(earlier_of<Config>(smem, warpgroup));
-        if (first_lane) ptx::tma_wait_read();
-        __syncwarp();
-        if (first_lane) {
-          ptx::mbarrier_arrive(smem.earlier_empty[warpgroup % Config::kEarlierTiles]);
-        }
-      } else {
-        store_from(smem.queries[stage].part[number].out);
-      }
+      out.store(smem.queries[stage].part[number].out, part.group, part.first_row,
+                part.first_row + part.rows, branch_number > 0);
       for_each_lse(params, branch, part, [&](int row, float* lse_gmem, bool exists) {
         if (exists) *lse_gmem = smem.lse[stage][warpgroup][row];
       });
@@ -258,140 +243,6 @@ __device__ __forceinline__ void store(SharedMemory& smem, const ForwardParams& p
       ptx::tma_wait_written();
       Counters{params.counters}.publish(pair_of(params, queries));
     }
-  }
-}
-
-// A warpgroup that computes 64 queries of every tile.
-template <class Config, class Tiles, class SharedMemory>
-__device__ __forceinline__ void compute(SharedMemory& smem, const ForwardParams& params,
-                                        const ForwardMaps<Tiles::kBranches>& maps, int warpgroup) {
-  using T = typename Config::Element;
-  constexpr int kLaneRows = Config::Output::kLaneRows;
-  const int warp_row = threadIdx.x / 32 % 4 * 16;  // of the part
-  Place<Config::kQueryStages> query_place;
-  Place<Config::kKeyStages> key_place;
-  int merged = 0;  // parity of the tiles merged
-  while (true) {
-    const int stage = query_place.stage;
-    query_place.wait_full(smem.query_ring);
-    auto& taken = taken_of<Config>(smem, stage);
-    const QueryTile& queries = taken.queries;
-    if (queries.rows == 0) break;
-    const int branch_number = Tiles::kBranches == 1 ? 0 : taken.branch;
-    const Branch& branch = params.branches[branch_number];
-    const int number = part_number<Config>(warpgroup, stage);
-    const int first_row = number * kWarpgroupRows;
-    const QueryTile part = part_of(queries, number);
-    auto& q_smem = smem.queries[stage].part[number].q;
-    auto& attended_smem = taken.attended;
-
-    typename Config::Scores scores;
-    Rounded<T, typename Config::Scores> weights;
-    float shrink[kLaneRows];  // by which a tile's greater maxima shrink what is summed
-    bool shrinks;
-    typename Config::Output out;
-    out.clear();
-    OnlineSoftmax<kLaneRows> softmax;
-    // Whether there is a tile at key_place. The first is there, but a constant makes ptxas spill.
-    bool more = queries.rows > 0;
-    bool found = false;  // what the queries attend
-    const auto tile = [&]() -> const KeyTile& { return smem.tile[key_place.stage][number].tile; };
-    const auto attends_tile = [&] {
-      key_place.wait_full(smem.k_ring);
-      return tile().exists;
-    };
-    const auto pass_over = [&] {
-      more = smem.tile[key_place.stage][number].more;
-      key_place.arrive_empty(smem.k_ring);
-      key_place.wait_full(smem.v_ring);
-      key_place.arrive_empty(smem.v_ring);
-      key_place.advance();
-    };
-    Place<Config::kKeyStages> weighed_place;  // of the tile whose weights are taken
-    const auto start_scores = [&] {
-      ptx::fence_async_proxy_if(
-          maps.branch[branch_number].some_copied);  // between cp.async and wgmma
-      ptx::wgmma_fence();
-      start_multiply_transposed<T>(scores, q_smem, smem.k[key_place.stage]);
-    };
-    // From scores to weights, in place.
-    const auto weigh = [&] {
-      ptx::pin(scores);
-      float scale_log2 = params.scale * kLog2E;
-      if (scale_log2 <= 0.f) {  // the greatest score has not the greatest product
-        scores.for_each([&](float& score, int, int) { score *= scale_log2; });
-        scale_log2 = 1.f;
-      }
-      fill_others(scores, attended_smem[tile().segment] + first_row + warp_row, tile(),
-                  minus_infinity());
-      more = smem.tile[key_place.stage][number].more;
-      key_place.arrive_empty(smem.k_ring);
-      shrinks = softmax.update_rarely(scores, scale_log2, shrink);
-      ptx::pin(scores);
-      // Here, not before the sums that need it: ptxas moves no later wait for wgmma above a loop.
-      key_place.wait_full(smem.v_ring);
-    };
-    const auto start_sums = [&] {
-      ptx::fence_async_proxy_if(maps.branch[branch_number].some_copied);
-      ptx::wgmma_fence();
-      start_multiply_add<T>(out, weights, smem.v[weighed_place.stage]);
-    };
-    const auto end_sums = [&] {
-      ptx::wgmma_wait<0>();
-      ptx::pin(out);
-      weighed_place.arrive_empty(smem.v_ring);
-    };
-    const auto take_weights = [&] {
-      if (shrinks) out.for_each([&](float& element, int row, int) { element *= shrink[row]; });
-      weights.round(scores);
-      weighed_place = key_place;
-      key_place.advance();
-    };
-    while (more) {
-      if (!attends_tile()) {
-        pass_over();
-        continue;
-      }
-      start_scores();
-      if (!found) find_between(attended_smem, first_row, branch, part);
-      found = true;
-      ptx::wgmma_wait<0>();
-      weigh();
-      take_weights();
-      // A tile that is passed over ends this: with values in hand there may be no stage to load the
-      // next ones into.
-      while (more && attends_tile()) {
-        start_scores();
-        start_sums();
-        ptx::wgmma_wait<1>();
-        weigh();
-        end_sums();
-        take_weights();
-      }
-      start_sums();
-      end_sums();
-    }
-
-    // The output takes the place of the queries, or of what earlier branches left.
-    const bool merging = merges<Config>(params, branch_number, part);
-    if (merging) {
-      ptx::mbarrier_wait(smem.earlier_full[warpgroup], merged);
-      merged ^= 1;
-    } else {
-      ptx::named_barrier(kComputeBarrier + warpgroup, 128);
-    }
-    auto& out_smem =
-        merging ? earlier_of<Config>(smem, warpgroup) : smem.queries[stage].part[number].out;
-    float* row_lse_smem[kLaneRows];
-#pragma unroll
-    for (int i = 0; i < kLaneRows; ++i) {
-      row_lse_smem[i] = smem.lse[stage][warpgroup] + warp_row + Config::Output::row(i);
-    }
-    finish_rows<T>(out, out_smem, softmax, row_lse_smem, merging);
-    ptx::fence_async_proxy();
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(smem.computed[stage][warpgroup]);
-    query_place.advance();
   }
 }
 
@@ -412,8 +263,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
       for (uint64_t& computed : stage) ptx::mbarrier_init(computed, 4);
     }
     for (uint64_t& full : smem.earlier_full) ptx::mbarrier_init(full, 32);
-    // By the warp that stores, or by those that begin with it.
-    for (uint64_t& empty : smem.earlier_empty) ptx::mbarrier_init(empty, Config::kMany ? 1 : 4);
+    for (uint64_t& empty : smem.earlier_empty) ptx::mbarrier_init(empty, 4);
     // And how each part, or each warp, sees the tile.
     smem.k_ring.init(32 + (Config::kMany ? Config::kConsumers : kWarps), kWarps);
     smem.v_ring.init(32, kWarps);
@@ -436,7 +286,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
   } else {
     ptx::take_registers<Config::kComputeRegisters>();
     if constexpr (Config::kMany) {
-      compute<Config, Tiles>(smem, params, maps, warpgroup - 1);
+      compute_many<Config, Tiles>(smem, params, maps, warpgroup - 1);
     } else {
       compute_few<Config, Tiles>(smem, params, maps, warpgroup - 1);
     }

@@ -38,11 +38,10 @@ __device__ __forceinline__ auto& earlier_of(SharedMemory& smem, int warpgroup) {
   }
 }
 
-// Likewise the lse: with many keys the new one takes its place.
+// Likewise the lse.
 template <class Config, class SharedMemory>
-__device__ __forceinline__ float* earlier_lse_of(SharedMemory& smem, int stage, int warpgroup) {
-  return Config::kMany ? smem.lse[stage][warpgroup]
-                       : smem.earlier_lse[warpgroup % Config::kEarlierTiles];
+__device__ __forceinline__ float* earlier_lse_of(SharedMemory& smem, int warpgroup) {
+  return smem.earlier_lse[warpgroup % Config::kEarlierTiles];
 }
 
 }  // namespace sparse_attn::sm90::forward

@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+// The 16 rows of a warp in shared memory.
+#pragma once
+
+#include "ptx/ldmatrix.cuh"
+#include "sm90/multiply.cuh"
+
+namespace sparse_attn::sm90::forward {
+
+// A warp's 16 rows of a tile, 16 columns at a time, as ldmatrix and stmatrix have them: the layout
+// of accumulators.
+template <class T, class Tile>
+struct WarpRows {
+  Tile& tile_smem;
+  int offset;  // of this lane's vector of the first 16 columns
+
+  __device__ __forceinline__ WarpRows(Tile& tile_smem, int warp_row) : tile_smem(tile_smem) {
+    offset = tile_smem.at(warp_row + threadIdx.x % 16, threadIdx.x % 32 / 16) - tile_smem.elements;
+  }
+
+  // f(element of a sum, the number at its place, row of the lane)
+  template <class Sum, class F>
+  __device__ __forceinline__ void for_each(Sum& sum, F f) const {
+#pragma unroll
+    for (int i = 0; i < Sum::kColumns / 16; ++i) {
+      uint32_t pairs[4];
+      ptx::ldmatrix_x4(pairs, at(i));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float2 pair = ptx::unpack<T>(pairs[j]);
+        float (&elements)[4] = sum.at[0][2 * i + j / 2];
+        f(elements[j % 2 * 2], pair.x, j % 2);
+        f(elements[j % 2 * 2 + 1], pair.y, j % 2);
+      }
+    }
+  }
+
+  // share * sum, rounded.
+  template <class Sum>
+  __device__ __forceinline__ void write(Sum& sum, const float (&share)[2]) const {
+    sum.for_each([&](float& element, int row, int) { element *= share[row]; });
+    const Rounded<T, Sum> rounded(sum);
+#pragma unroll
+    for (int i = 0; i < Sum::kColumns / 16; ++i) ptx::stmatrix_x4(at(i), rounded.at[i]);
+  }
+
+ private:
+  // Vectors of a panel are permuted by an exclusive or.
+  __device__ __forceinline__ T* at(int i) const {
+    constexpr int kOfPanel = Tile::kPanelVectors / 2;
+    return tile_smem.elements + (offset ^ i % kOfPanel * 16) + i / kOfPanel * Tile::kPanelElements;
+  }
+};
+
+}  // namespace sparse_attn::sm90::forward
