@@ -45,8 +45,10 @@ ViewMap ViewMap::of(const TensorView& tensor, const SequenceView& view, int head
   }
   result.first = neighbours ? Divisor::of(1) : view.run;
   result.group_step = view.group_step;
-  if (!usable || places <= 0 || runs <= 0) result.rows = 0;
-  if (result.rows == 0) return result;
+  if (!usable || places <= 0 || runs <= 0 || result.rows == 0) {
+    result.rows = -1;
+    return result;
+  }
 
   const auto bytes = [](int size, int64_t stride) {
     return size == 1 ? cuuint64_t{16} : static_cast<cuuint64_t>(2 * stride);
@@ -69,7 +71,7 @@ ViewMap ViewMap::of(const TensorView& tensor, const SequenceView& view, int head
                 5, base, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                 panel_columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status != CUDA_SUCCESS) result.rows = 0;  // such as the stride 0 of an expanded tensor
+  if (status != CUDA_SUCCESS) result.rows = -1;  // such as the stride 0 of an expanded tensor
   return result;
 }
 

@@ -16,7 +16,7 @@ struct ViewMap {
   Divisor run;
   Divisor first;   // tiles start on a multiple of it
   int group_step;  // places between groups
-  int rows;        // of every group that whole tiles may hold; 0: the map is not to be used
+  int rows;        // of every group that whole tiles may hold; -1: there is no map
 
   HOST_DEVICE bool holds(int first_row, int end_row) const {
     return end_row <= rows && first_row % first == 0;
