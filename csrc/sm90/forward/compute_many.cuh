@@ -16,20 +16,25 @@
 namespace sparse_attn::sm90::forward {
 
 // The softmax of 16 queries of a warp, in units of log 2. Maxima lag: they are left alone until one
-// of a lane falls behind by more than a factor of 2^8, as weights up to 256 are as exact in 16
-// bits. Only then do lanes exchange theirs.
+// of a lane passes its limit, as weights up to 2^8 are as exact in 16 bits. Only then do lanes
+// exchange theirs.
 struct LaggingSoftmax {
-  float row_max[2];  // finite, so that the weights of a query without keys are 0
+  static constexpr float kLag = 7.f;
+  float limit[2];    // kLag above the maxima; finite: the weights of a query without keys are 0
   float row_sum[2];  // of this lane's columns
 
   __device__ __forceinline__ void begin() {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) row_max[i] = -FLT_MAX, row_sum[i] = 0.f;
+    for (int i = 0; i < 2; ++i) limit[i] = -FLT_MAX, row_sum[i] = 0.f;
   }
 
-  // Whether some maximum of the warp falls behind. lane_max: of this lane's columns.
+  // What weights are relative to: the maximum, but for rounding. A sum of its own for each tile, so
+  // that ptxas gives those of two rows an odd and an even register (README.md).
+  __device__ __forceinline__ float row_max(int row) const { return limit[row] - kLag; }
+
+  // Whether some score of the warp passes its limit. lane_max: of this lane's columns.
   template <class Scores>
-  __device__ __forceinline__ bool falls_behind(Scores& scores, float scale_log2,
+  __device__ __forceinline__ bool passes_limit(Scores& scores, float scale_log2,
                                                float (&lane_max)[2]) const {
     float even[2], odd[2];  // two chains of comparisons a row
 #pragma unroll
@@ -38,22 +43,22 @@ struct LaggingSoftmax {
       float& max = column % 2 == 0 ? even[row] : odd[row];
       max = fmaxf(max, score);
     });
-    bool behind = false;
+    bool passes = false;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       lane_max[i] = fmaxf(even[i], odd[i]) * scale_log2;
-      behind |= lane_max[i] > row_max[i] + 8.f;
+      passes |= lane_max[i] > limit[i];
     }
-    return __any_sync(0xffffffff, behind);
+    return __any_sync(0xffffffff, passes);
   }
 
   // Raises the maxima to these of all lanes; by what earlier sums shrink.
   __device__ __forceinline__ void raise(const float (&lane_max)[2], float (&shrink)[2]) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float new_max = fmaxf(row_max[i], quad_max(lane_max[i]));
-      shrink[i] = ptx::exp2(row_max[i] - new_max);
-      row_max[i] = new_max;
+      const float old_max = row_max(i);
+      limit[i] = fmaxf(limit[i], quad_max(lane_max[i]) + kLag);
+      shrink[i] = ptx::exp2(old_max - row_max(i));
       row_sum[i] *= shrink[i];
     }
   }
@@ -61,8 +66,9 @@ struct LaggingSoftmax {
   // Turns scores into weights.
   template <class Scores>
   __device__ __forceinline__ void weigh(Scores& scores, float scale_log2) {
+    const float max[2] = {row_max(0), row_max(1)};
     scores.for_each([&](float& score, int row, int) {
-      score = ptx::exp2(score * scale_log2 - row_max[row]);
+      score = ptx::exp2(score * scale_log2 - max[row]);
       row_sum[row] += score;
     });
   }
@@ -79,7 +85,7 @@ struct LaggingSoftmax {
     raise(earlier_max, shrink);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      weight[i] = ptx::exp2(earlier_max[i] - row_max[i]);
+      weight[i] = ptx::exp2(earlier_max[i] - row_max(i));
       if (threadIdx.x % 4 == 0) row_sum[i] += weight[i];
     }
     out.for_each([&](float& element, int row, int) { element *= shrink[row]; });
@@ -98,7 +104,7 @@ struct LaggingSoftmax {
     // Two of the four lanes of a row take one of its logarithms each.
     const int i = threadIdx.x % 2;
     const float lse =
-        fmaf(i == 0 ? row_max[0] : row_max[1], kLn2, logf(i == 0 ? total[0] : total[1]));
+        fmaf(i == 0 ? row_max(0) : row_max(1), kLn2, logf(i == 0 ? total[0] : total[1]));
     if (threadIdx.x % 4 < 2) lse_smem[threadIdx.x % 32 / 4 + 8 * i] = lse;
   }
 };
@@ -179,11 +185,11 @@ __device__ __forceinline__ void compute_many(SharedMemory& smem, const ForwardPa
       more = tile.more();
       key_place.arrive_empty(smem.k_ring);
       float lane_max[2], shrink[2];
-      const bool behind = softmax.falls_behind(scores, scale_log2, lane_max);
+      const bool passes = softmax.passes_limit(scores, scale_log2, lane_max);
       // Here, not before the sums that need it: ptxas moves no later wait for wgmma above a loop.
       key_place.wait_full(smem.v_ring);
       end();
-      if (behind) {
+      if (passes) {
         softmax.raise(lane_max, shrink);
         out.for_each([&](float& element, int row, int) { element *= shrink[row]; });
       }
