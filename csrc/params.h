@@ -133,8 +133,8 @@ struct BackwardParams {
   Branch branch;  // transposed unless queries own: its queries are the keys
   // Add to what the gradients already hold: the branches before this one.
   bool accumulate;
-  // If both own: find the statistics in out, lse and dlse, and leave them in `stats` unless it is
-  // null. Else they are there.
+  // If both own, in the kernel of bands: find the statistics in out, lse and dlse, and leave them
+  // in `stats` unless it is null. Else they are there.
   bool finds_stats;
   // If both own: of a branch with blocks, those of each block of queries, (heads, blocks, words) as
   // the branch has those of keys; and what dq is summed in (sm90/backward_ordered/plan.h), null

@@ -53,7 +53,7 @@ CALLS: tuple[tuple[sa.Pattern, int, int, int], ...] = (
     (sa.Strided(16), 1, 1, 1),
     (sa.Strided(2), 150, 2, 2),  # two branches in one launch
     (sa.Dense(causal=False), 600, 1, 1),  # many keys a query: the large tiles
-    (sa.Local(530), 700, 2, 2),
+    (sa.Local(530), 1100, 2, 2),
     (sa.BlockSparse(torch.rand(2, 13, 13) < 0.4, 16), 200, 2, 1),
     (sa.BlockSparse(torch.rand(1, 3, 3) < 0.6, 64, causal=False), 150, 2, 2),
 )

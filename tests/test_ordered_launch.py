@@ -130,6 +130,20 @@ def test_same_bits_in_every_run(name: str) -> None:
         assert_same(tuple(x[:, head : head + 1] for x in wanted), alone)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_slots_pass_on_in_a_head(head_dim: int) -> None:
+    """A long window has fewer slots than queries; its end alone, of one head, has enough."""
+    tensors = inputs(50_000, heads=4, head_dims=(head_dim, head_dim))
+    pattern = sa.Local(600)
+    together = grads(tensors, pattern)
+    start = 290 * 128  # a tile of keys begins there
+    alone = grads([x[:, 1:2, start:].contiguous() for x in tensors], pattern)
+    same = 10 * 128  # from there on no query, and no key's query, attends a token before the start
+    assert_same(
+        tuple(x[:, 1:2, start + same :] for x in together), tuple(x[:, :, same:] for x in alone)
+    )
+
+
 @pytest.mark.parametrize("name", ["dense", "window", "fixed", "blocks-64"])
 def test_slots_pass_on(name: str) -> None:
     """Many heads: a slot has one query tile after another. Each head gets what it gets alone."""

@@ -14,8 +14,8 @@
 
 namespace sparse_attn::sm90 {
 
-// In global memory, 0 before the launch: the next ticket; then, for each (batch, head), how many
-// tiles of the first branch are done.
+// In global memory, 0 before the launch: the next ticket; then, for each (batch, head), or unit of
+// an ordered backward, how many tiles are done, of two branches those of the first.
 struct Counters {
   int* next;
 

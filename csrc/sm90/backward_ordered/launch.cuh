@@ -12,6 +12,7 @@ void launch(const BackwardParams& params) {
   using Config = Config<T, kHeadDim, kHeadDimV>;
   const std::optional<Plan> plan = Plan::of(params, kHeadDim);
   REQUIRE(plan && params.workspace != nullptr, "the ordered kernel is not made for this branch");
+  REQUIRE(!params.finds_stats, "the ordered kernel does not find the statistics");
   const SequenceView& keys = params.branch.queries;
   const SequenceView& queries = params.branch.segments[0].keys;
   const auto map = [&](const TensorView& tensor, const SequenceView& view, int heads) {
