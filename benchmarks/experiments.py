@@ -723,7 +723,8 @@ def _run_table2(
     arguments: argparse.Namespace, machine: Machine, precision: str, clock: Clock, console: Console
 ) -> Experiment:
     parts = open_parts(arguments, precision)
-    data: dict[str, str] = {part.name: part.source.name for part in parts}
+    # Of a file or folder its own name: results hold no paths of a machine.
+    data: dict[str, str] = {part.name: Path(part.source.name).name for part in parts}
     table = Table2(machine, data, precision, arguments.compile, arguments.seed)
     for _ in measure_table2(parts, table, clock, console):
         write(table, arguments.out)  # a run that is cut short leaves the rows it has
