@@ -44,31 +44,14 @@ struct OnlineSoftmax {
   __device__ __forceinline__ void update(Tile& scores, float scale_log2,
                                          float (&shrink)[kLaneRows]) {
     float tile_max[kLaneRows];
-    find_max(scores, scale_log2, tile_max);
-    weigh(scores, scale_log2, tile_max, shrink);
-  }
-
- private:
-  template <class Tile>
-  __device__ __forceinline__ static void find_max(Tile& scores, float scale_log2,
-                                                  float (&tile_max)[kLaneRows]) {
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) tile_max[i] = minus_infinity();
     scores.for_each(
         [&](float& score, int row, int) { tile_max[row] = fmaxf(tile_max[row], score); });
-#pragma unroll
-    for (int i = 0; i < kLaneRows; ++i) tile_max[i] = quad_max(tile_max[i]) * scale_log2;
-  }
-
-  // With maxima of at least `least_max`.
-  template <class Tile>
-  __device__ __forceinline__ void weigh(Tile& scores, float scale_log2,
-                                        const float (&least_max)[kLaneRows],
-                                        float (&shrink)[kLaneRows]) {
     float offset[kLaneRows];
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) {
-      const float new_max = fmaxf(row_max[i], least_max[i]);
+      const float new_max = fmaxf(row_max[i], quad_max(tile_max[i]) * scale_log2);
       offset[i] = finite(new_max);
       shrink[i] = ptx::exp2(row_max[i] - offset[i]);
       row_max[i] = new_max;

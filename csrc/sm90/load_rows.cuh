@@ -84,15 +84,13 @@ struct Rows {
       if (threadIdx.x % 32 != 0) return;
 #pragma unroll
       for (int panel = 0; panel < Tile::kColumns / Tile::kPanelColumns; ++panel) {
+        const T* panel_smem = tile_smem.elements + panel * Tile::kPanelElements;
+        const int column = panel * Tile::kPanelColumns;
+        const int place = group * map.group_step + first_row % map.run, run = first_row / map.run;
         if (last) {
-          ptx::tma_store_last(map.map, tile_smem.elements + panel * Tile::kPanelElements,
-                              panel * Tile::kPanelColumns,
-                              group * map.group_step + first_row % map.run, first_row / map.run,
-                              head, batch);
+          ptx::tma_store_last(map.map, panel_smem, column, place, run, head, batch);
         } else {
-          ptx::tma_store(map.map, tile_smem.elements + panel * Tile::kPanelElements,
-                         panel * Tile::kPanelColumns, group * map.group_step + first_row % map.run,
-                         first_row / map.run, head, batch);
+          ptx::tma_store(map.map, panel_smem, column, place, run, head, batch);
         }
       }
     } else {

@@ -7,7 +7,6 @@
 
 #include "attention/mask.cuh"
 #include "attention/softmax.cuh"
-#include "ptx/reciprocal.cuh"
 #include "sm90/forward/config.h"
 #include "sm90/forward/parts.cuh"
 #include "sm90/forward/warp_rows.cuh"
@@ -93,19 +92,9 @@ struct LaggingSoftmax {
         out, [&](float& element, float earlier, int row) { element += weight[row] * earlier; });
   }
 
-  // Leaves the lse; what sums are to be multiplied by. A query with no key: 0, lse -inf.
   __device__ __forceinline__ void finish(float* lse_smem, float (&share)[2]) const {
-    float total[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      total[i] = quad_sum(row_sum[i]);
-      share[i] = total[i] == 0.f ? 0.f : ptx::reciprocal(total[i]);
-    }
-    // Two of the four lanes of a row take one of its logarithms each.
-    const int i = threadIdx.x % 2;
-    const float lse =
-        fmaf(i == 0 ? row_max(0) : row_max(1), kLn2, logf(i == 0 ? total[0] : total[1]));
-    if (threadIdx.x % 4 < 2) lse_smem[threadIdx.x % 32 / 4 + 8 * i] = lse;
+    finish_softmax(
+        row_sum, [&](int row) { return row == 0 ? row_max(0) : row_max(1); }, lse_smem, share);
   }
 };
 

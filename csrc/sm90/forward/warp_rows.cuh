@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The 16 rows of a warp in shared memory.
+// The 16 rows of a warp: in shared memory, and the end of their softmax.
 #pragma once
 
+#include "attention/softmax.cuh"
 #include "ptx/ldmatrix.cuh"
+#include "ptx/reciprocal.cuh"
 #include "sm90/multiply.cuh"
 
 namespace sparse_attn::sm90::forward {
@@ -51,5 +53,22 @@ struct WarpRows {
     return tile_smem.elements + (offset ^ i % kOfPanel * 16) + i / kOfPanel * Tile::kPanelElements;
   }
 };
+
+// Leaves the lse; what the sums of this lane's two rows are to be multiplied by. max_of(row): what
+// their weights are relative to, in units of log 2. A query with no key: 0, lse -inf.
+template <class MaxOf>
+__device__ __forceinline__ void finish_softmax(const float (&row_sum)[2], MaxOf max_of,
+                                               float* lse_smem, float (&share)[2]) {
+  float total[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    total[i] = quad_sum(row_sum[i]);
+    share[i] = total[i] == 0.f ? 0.f : ptx::reciprocal(total[i]);
+  }
+  // Two of the four lanes of a row take one of its logarithms each.
+  const int row = threadIdx.x % 2;
+  const float lse = fmaf(max_of(row), kLn2, logf(row == 0 ? total[0] : total[1]));
+  if (threadIdx.x % 4 < 2) lse_smem[threadIdx.x % 32 / 4 + 8 * row] = lse;
+}
 
 }  // namespace sparse_attn::sm90::forward
