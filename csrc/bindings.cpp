@@ -7,16 +7,15 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "attention/cover.h"
 #include "attention/short_groups.h"
+#include "gradients.h"
 #include "params.h"
-#include "sm90/backward_band/fits.h"
-#include "sm90/backward_ordered/plan.h"
 #if SPARSE_ATTN_CUDA
 #include "dispatch.h"
 #endif
@@ -59,17 +58,55 @@ py::bytes cover_bytes(const std::vector<Branch>& branches, int length, int tile_
   return py::bytes(reinterpret_cast<const char*>(counts.data()), counts.size());
 }
 
-// Bytes that dq of a transposed branch is summed in; 0 if the ordered kernel is not made for it.
-int64_t dq_workspace(const Branch& branch, int batch, int head_count, int head_dim,
-                     int head_dim_v) {
-  using namespace sm90::backward_ordered;
+Element element(bool bfloat16) { return bfloat16 ? Element::bfloat16 : Element::float16; }
+
+Kernels kernels(bool sm90) { return sm90 ? Kernels::sm90 : Kernels::sm80; }
+
+using Strides = std::array<int64_t, 3>;  // of batch, head and row, in elements
+
+TensorView without_address(const Strides& strides) {
+  return {nullptr, strides[0], strides[1], static_cast<int>(strides[2])};
+}
+
+BackwardParams backward_params(const Strides& q, const Strides& k, const Strides& v,
+                               const Strides& dout, const Strides& out, const Strides& dq,
+                               const Strides& dk, const Strides& dv, int batch, int heads,
+                               int first_head, int head_count, int heads_together, int kv_heads,
+                               int seq, int head_dim, int head_dim_v, float scale, bool bfloat16,
+                               bool sm90, int device) {
   BackwardParams params{};
-  params.branch = branch;
+  params.q = without_address(q);
+  params.k = without_address(k);
+  params.v = without_address(v);
+  params.dout = without_address(dout);
+  params.out = without_address(out);
+  params.dq = without_address(dq);
+  params.dk = without_address(dk);
+  params.dv = without_address(dv);
   params.batch = batch;
+  params.heads = heads;
+  params.first_head = first_head;
   params.head_count = head_count;
-  const int kernel = kernel_head_dim(head_dim, head_dim_v);
-  const auto plan = kernel == 0 ? std::nullopt : Plan::of(params, kernel);
-  return plan ? plan->bytes(kernel) : 0;
+  params.heads_together = heads_together;
+  params.kv_heads = kv_heads;
+  params.seq_q = params.seq_k = seq;
+  params.head_dim = head_dim;
+  params.head_dim_v = head_dim_v;
+  params.scale = scale;
+  params.element = element(bfloat16);
+  params.kernels = kernels(sm90);
+  params.device = device;
+  return params;
+}
+
+using HeadRangeArgument = std::tuple<BackwardParams, std::vector<Branch>, std::vector<Branch>>;
+
+Gradients gradients(const std::vector<HeadRangeArgument>& arguments) {
+  std::vector<HeadRange> ranges;
+  for (const auto& [call, branches, transposed] : arguments) {
+    ranges.push_back({call, branches, transposed});
+  }
+  return Gradients::of(ranges);
 }
 
 py::dict build_info() {
@@ -90,16 +127,6 @@ TensorView tensor_view(const TensorArgument& tensor) {
 template <class Pointer>
 Pointer pointer(int64_t address) {
   return reinterpret_cast<Pointer>(address);
-}
-
-Element element(bool bfloat16) { return bfloat16 ? Element::bfloat16 : Element::float16; }
-
-Kernels kernels(bool sm90) { return sm90 ? Kernels::sm90 : Kernels::sm80; }
-
-using Strides = std::array<int64_t, 3>;  // of batch, head and row, in elements
-
-TensorView without_address(const Strides& strides) {
-  return {nullptr, strides[0], strides[1], static_cast<int>(strides[2])};
 }
 
 ForwardParams forward_params(const Strides& q, const Strides& k, const Strides& v,
@@ -166,53 +193,17 @@ RowStatsParams row_stats_params(const Strides& out, const Strides& dout, int bat
   return params;
 }
 
-BackwardParams backward_params(const Strides& q, const Strides& k, const Strides& v,
-                               const Strides& dout, const Strides& out, const Strides& dq,
-                               const Strides& dk, const Strides& dv, int batch, int heads,
-                               int first_head, int head_count, int heads_together, int kv_heads,
-                               int seq, int head_dim, int head_dim_v, float scale, bool bfloat16,
-                               bool sm90, int owner, const Branch& branch, bool accumulate,
-                               bool finds_stats, int device) {
-  BackwardParams params{};
-  params.q = without_address(q);
-  params.k = without_address(k);
-  params.v = without_address(v);
-  params.dout = without_address(dout);
-  params.out = without_address(out);
-  params.dq = without_address(dq);
-  params.dk = without_address(dk);
-  params.dv = without_address(dv);
-  params.batch = batch;
-  params.heads = heads;
-  params.first_head = first_head;
-  params.head_count = head_count;
-  params.heads_together = heads_together;
-  params.kv_heads = kv_heads;
-  params.seq_q = params.seq_k = seq;
-  params.head_dim = head_dim;
-  params.head_dim_v = head_dim_v;
-  params.scale = scale;
-  params.element = element(bfloat16);
-  params.kernels = kernels(sm90);
-  params.owner = static_cast<Owner>(owner);
-  params.branch = branch;
-  params.accumulate = accumulate;
-  params.finds_stats = finds_stats;
-  params.device = device;
-  return params;
-}
-
 // The launches of a backward call, complete but for addresses and stream.
 struct BackwardCall {
-  std::optional<RowStatsParams> stats;                    // none where a launch finds them
-  std::vector<std::pair<BackwardParams, bool>> launches;  // and whether they want the workspace
+  RowStatsParams stats;
+  Gradients gradients;
 
   void operator()(int64_t dout, int64_t q, int64_t k, int64_t v, int64_t out, int64_t lse,
                   int64_t dlse, int64_t stats_rows, int64_t dq, int64_t dk, int64_t dv,
                   int64_t query_block_rows, int64_t key_block_rows, int64_t workspace,
                   int64_t stream) const {
-    if (stats) {
-      RowStatsParams params = *stats;
+    if (gradients.stats_before) {
+      RowStatsParams params = stats;
       params.out.data = pointer<void*>(out);
       params.dout.data = pointer<void*>(dout);
       params.lse = pointer<const float*>(lse);
@@ -221,7 +212,8 @@ struct BackwardCall {
       params.stream = pointer<void*>(stream);
       row_stats(params);
     }
-    for (auto [params, ordered] : launches) {
+    for (const GradientLaunch& launch : gradients.launches) {
+      BackwardParams params = launch.params;
       params.q.data = pointer<void*>(q);
       params.k.data = pointer<void*>(k);
       params.v.data = pointer<void*>(v);
@@ -236,7 +228,7 @@ struct BackwardCall {
       params.branch.blocks.rows = pointer<const uint32_t*>(
           params.owner == Owner::queries ? query_block_rows : key_block_rows);
       params.query_blocks = pointer<const uint32_t*>(query_block_rows);
-      params.workspace = ordered ? pointer<void*>(workspace) : nullptr;
+      params.workspace = launch.workspace > 0 ? pointer<void*>(workspace) : nullptr;
       params.stream = pointer<void*>(stream);
       backward(params);
     }
@@ -327,10 +319,33 @@ PYBIND11_MODULE(_C, module) {
       .def("with_short_groups_together", &with_short_groups_together, py::arg("tile_rows"));
   module.def("cover", &cover_bytes, py::arg("branches"), py::arg("length"), py::arg("tile_queries"),
              py::arg("tile_keys"));
-  module.def("sums_at_once", &sm90::backward_band::fits, py::arg("branch"));
-  module.def("dq_workspace", &dq_workspace, py::kw_only(), py::arg("branch"), py::arg("batch"),
-             py::arg("head_count"), py::arg("head_dim"), py::arg("head_dim_v"));
-  module.attr("most_head_dim_at_once") = sm90::backward_band::kMostHeadDim;
+  py::class_<BackwardParams>(module, "BackwardParams")
+      .def(py::init(&backward_params), py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"),
+           py::arg("dout"), py::arg("out"), py::arg("dq"), py::arg("dk"), py::arg("dv"),
+           py::arg("batch"), py::arg("heads"), py::arg("first_head"), py::arg("head_count"),
+           py::arg("heads_together"), py::arg("kv_heads"), py::arg("seq"), py::arg("head_dim"),
+           py::arg("head_dim_v"), py::arg("scale"), py::arg("bfloat16"), py::arg("sm90"),
+           py::arg("device"));
+  py::class_<GradientLaunch>(module, "GradientLaunch")
+      .def_property_readonly("first_head",
+                             [](const GradientLaunch& x) { return x.params.first_head; })
+      .def_property_readonly("head_count",
+                             [](const GradientLaunch& x) { return x.params.head_count; })
+      .def_property_readonly(
+          "owner", [](const GradientLaunch& x) { return static_cast<int>(x.params.owner); })
+      .def_property_readonly("branch", [](const GradientLaunch& x) { return x.params.branch; })
+      .def_property_readonly("accumulate",
+                             [](const GradientLaunch& x) { return x.params.accumulate; })
+      .def_property_readonly("finds_stats",
+                             [](const GradientLaunch& x) { return x.params.finds_stats; })
+      .def_readonly("workspace", &GradientLaunch::workspace)
+      .def_readonly("writes_every_dq", &GradientLaunch::writes_every_dq);
+  py::class_<Gradients>(module, "Gradients")
+      .def(py::init(&gradients), py::arg("ranges"))
+      .def_readonly("launches", &Gradients::launches)
+      .def_readonly("stats_before", &Gradients::stats_before)
+      .def_readonly("keeps_stats", &Gradients::keeps_stats)
+      .def_readonly("workspace", &Gradients::workspace);
   module.def("build_info", &build_info);
   module.attr("max_chunks") = kMaxChunks;
 #if SPARSE_ATTN_CUDA
@@ -350,17 +365,8 @@ PYBIND11_MODULE(_C, module) {
       .def(py::init(&row_stats_params), py::kw_only(), py::arg("out"), py::arg("dout"),
            py::arg("batch"), py::arg("heads"), py::arg("seq"), py::arg("head_dim_v"),
            py::arg("bfloat16"), py::arg("device"));
-  py::class_<BackwardParams>(module, "BackwardParams")
-      .def(py::init(&backward_params), py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"),
-           py::arg("dout"), py::arg("out"), py::arg("dq"), py::arg("dk"), py::arg("dv"),
-           py::arg("batch"), py::arg("heads"), py::arg("first_head"), py::arg("head_count"),
-           py::arg("heads_together"), py::arg("kv_heads"), py::arg("seq"), py::arg("head_dim"),
-           py::arg("head_dim_v"), py::arg("scale"), py::arg("bfloat16"), py::arg("sm90"),
-           py::arg("owner"), py::arg("branch"), py::arg("accumulate"), py::arg("finds_stats"),
-           py::arg("device"));
   py::class_<BackwardCall>(module, "BackwardCall")
-      .def(py::init<std::optional<RowStatsParams>, std::vector<std::pair<BackwardParams, bool>>>(),
-           py::arg("stats"), py::arg("launches"))
+      .def(py::init<RowStatsParams, Gradients>(), py::arg("stats"), py::arg("gradients"))
       .def("__call__", &BackwardCall::operator());
   py::class_<BlockRowsParams>(module, "BlockRowsParams")
       .def(py::init(&block_rows_params), py::kw_only(), py::arg("layout"), py::arg("rows"),

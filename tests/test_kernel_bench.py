@@ -19,6 +19,7 @@ import sparse_attn as sa
 from sparse_attn.cli import main
 from sparse_attn.plan import Branch, Run, Segment, SequenceView, plan
 from sparse_attn.plan_file import plan_text
+from test_plan import head_range, kernels, needs_native
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
@@ -32,6 +33,18 @@ PATTERNS: dict[str, tuple[sa.Pattern, int]] = {
     "chunks": (sa.Chunk(6) | sa.Chunk(10) | sa.Local(3) | sa.Dilated(9), 133),
     "chunk": (sa.Chunk(48), 100),
     "longer than the sequence": (sa.Strided(50), 7),
+}
+
+# And the kernels of compute capability 9.0 that sum their gradients at head dim 64.
+GRADIENTS: dict[str, tuple[sa.Pattern, int, list[str]]] = {
+    "two owners": (sa.Local(300), 701, ["queries", "keys"]),
+    "bands that add": (sa.Strided(24), 2003, ["bands", "bands"]),
+    "ordered": (sa.Dense(), 1100, ["ordered"]),
+    "ordered, a window": (sa.Local(520), 3100, ["ordered"]),
+    "ordered, residues": (sa.Dilated(2, causal=False), 1501, ["ordered"]),
+    "ordered, queries without a key": (sa.Summary(64, 24), 1301, ["ordered"]),
+    "bands, then ordered ones that add": (sa.Fixed(64, 24), 1250, ["bands", "ordered"]),
+    "ordered, then bands that add": (sa.Strided(700), 1500, ["ordered", "bands"]),
 }
 
 each_pattern = pytest.mark.parametrize("name", PATTERNS)
@@ -197,24 +210,28 @@ def printed(pattern: sa.Pattern, n: int) -> str:
 Read = Callable[[str], tuple[int, str]]
 
 
-@pytest.fixture(scope="module")
-def read(tmp_path_factory: pytest.TempPathFactory) -> Read:
-    """The C++ reader: exit status and what it prints, of a text."""
+def build(folder: Path, program: str, *sources: str) -> Read:
+    """Compiles a program of the given text and sources; returns what calls it."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("reader")
-    (folder / "reader.cpp").write_text(READER)
-    sources = [str(folder / "reader.cpp"), str(CSRC / "kernel_bench" / "plan_file.cpp")]
+    (folder / "main.cpp").write_text(program)
+    paths = [str(folder / "main.cpp"), *(str(CSRC / source) for source in sources)]
     flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}"]
-    program = str(folder / "reader")
-    subprocess.run([*compiler.split(), *flags, *sources, "-o", program], check=True)
+    path = str(folder / "program")
+    subprocess.run([*compiler.split(), *flags, *paths, "-o", path], check=True)
 
-    def read(text: str) -> tuple[int, str]:
-        result = subprocess.run([program], input=text, capture_output=True, text=True, timeout=60)
+    def call(text: str) -> tuple[int, str]:
+        result = subprocess.run([path], input=text, capture_output=True, text=True, timeout=60)
         return result.returncode, result.stdout
 
-    return read
+    return call
+
+
+@pytest.fixture(scope="module")
+def read(tmp_path_factory: pytest.TempPathFactory) -> Read:
+    """The C++ reader: exit status and what it prints, of a text."""
+    return build(tmp_path_factory.mktemp("reader"), READER, "kernel_bench/plan_file.cpp")
 
 
 class TestReader:
@@ -251,6 +268,52 @@ class TestReader:
         status, message = read(text.replace(old, new, 1))
         assert status == 2
         assert error in message and message.startswith("plan.txt:")
+
+
+# Prints the backward launches of the plan that it reads.
+CHOOSER = """
+#include <cstdio>
+#include <iostream>
+
+#include "gradients.h"
+#include "kernel_bench/plan_file.h"
+
+using namespace sparse_attn;
+
+int main() {
+  const auto plan = kernel_bench::read_plan(std::cin, "plan.txt");
+  BackwardParams call{};
+  call.batch = 2;
+  call.heads = call.head_count = call.kv_heads = 6;
+  call.heads_together = 1;
+  call.seq_q = call.seq_k = plan.length;
+  call.head_dim = call.head_dim_v = 64;
+  call.kernels = Kernels::sm90;
+  const Gradients gradients = Gradients::of({{call, plan.branches, plan.transposed}});
+  for (const GradientLaunch& launch : gradients.launches) {
+    std::printf("%d %d %d %lld %d\\n", static_cast<int>(launch.params.owner),
+                launch.params.accumulate, launch.params.finds_stats,
+                static_cast<long long>(launch.workspace), launch.writes_every_dq);
+  }
+}
+"""
+
+
+@needs_native
+def test_chooses_the_kernels_of_the_extension(tmp_path: Path) -> None:
+    from sparse_attn import _C
+
+    choose = build(tmp_path, CHOOSER, "gradients.cpp", "kernel_bench/plan_file.cpp")
+    for pattern, n, names in GRADIENTS.values():
+        gradients = _C.Gradients([head_range(plan(pattern, n), n)])
+        assert kernels(gradients) == names
+        wanted = [
+            (x.owner, x.accumulate, x.finds_stats, x.workspace, x.writes_every_dq)
+            for x in gradients.launches
+        ]
+        status, text = choose(plan_text(pattern, n))
+        assert status == 0
+        assert [tuple(map(int, line.split())) for line in text.splitlines()] == wanted
 
 
 @pytest.fixture(scope="module")
@@ -314,6 +377,19 @@ class TestProgram:
         assert all(check["tokens"] == n for check in report["checks"])
         assert not report["times"]
 
+    @pytest.mark.parametrize("name", GRADIENTS)
+    @pytest.mark.parametrize("head_dims", [(64, 64), (64, 128), (128, 128)], ids=str)
+    def test_runs_the_kernels_of_the_extension(
+        self, name: str, head_dims: tuple[int, int], kernel_bench: str, tmp_path: Path
+    ) -> None:
+        pattern, n, names = GRADIENTS[name]
+        sizes = ("--head-dim", str(head_dims[0]), "--head-dim-v", str(head_dims[1]))
+        options = ("--heads", "3", *sizes, "--once")
+        status, report = run(kernel_bench, tmp_path / "plan", plan_text(pattern, n), *options)
+        assert status == 0 and report["correct"], report["checks"]
+        if torch.cuda.get_device_capability() == (9, 0):
+            assert report["gradients"] == names
+
     def test_times_both_directions(self, kernel_bench: str, tmp_path: Path) -> None:
         pattern, n = sa.Strided(128), 12288
         status, report = run(kernel_bench, tmp_path / "plan", plan_text(pattern, n))
@@ -353,12 +429,17 @@ class TestProgram:
         assert status == 1 and not report["correct"]
         assert wrong_tensors(report) == {"out", "lse", "dq", "dk", "dv"}
 
-    def test_reads_no_uninitialised_memory(self, kernel_bench: str, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("name", GRADIENTS)
+    def test_reads_no_uninitialised_memory(
+        self, name: str, kernel_bench: str, tmp_path: Path
+    ) -> None:
+        """What a kernel borrows of memory holds nothing before."""
         sanitizer = shutil.which("compute-sanitizer")
         if sanitizer is None:
             pytest.skip("needs compute-sanitizer")
+        pattern, n, _ = GRADIENTS[name]
         path = tmp_path / "plan"
-        path.write_text(plan_text(sa.Fixed(32, 8), 131))
+        path.write_text(plan_text(pattern, n))
         tool = [sanitizer, "--tool", "initcheck", "--error-exitcode", "97"]
         command = [*tool, kernel_bench, str(path), "--heads", "2", "--once", "--cold"]
         result = subprocess.run(command, capture_output=True, text=True, timeout=300)

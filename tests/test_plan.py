@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracle
+import sanitize
 import sparse_attn as sa
 from cases import KINDS, BlockCase, Case, all_pairs_cases, block_cases, has_factor, to_pattern
 from sparse_attn.plan import Branch, plan
@@ -260,17 +261,144 @@ def test_native_sizes_beyond_32_bits(kind: str, size: int) -> None:
             assert_native_covers(to_pattern(members, causal), mask, (4, 4))
 
 
-def summed_at_once(pattern: Any, n: int) -> list[bool]:
-    """Which branches one kernel sums; of these every pair is in a tile of 128 rows or two."""
+QUERIES, KEYS, ALL = range(3)  # whose gradients a launch sums
+
+
+def head_range(
+    branches: tuple[Branch, ...],
+    n: int,
+    head_dims: tuple[int, int] = (64, 64),
+    sm90: bool = True,
+    heads_together: int = 1,
+    head_count: int = 6,
+) -> Any:
+    """Some heads, and branches of their plan in both directions."""
     from sparse_attn.backends.cuda import _native_branch
 
+    call = _C.BackwardParams(
+        **dict.fromkeys(("q", "k", "v", "dout", "out", "dq", "dk", "dv"), (0, 0, 0)),
+        batch=2,
+        heads=head_count,
+        first_head=0,
+        head_count=head_count,
+        heads_together=heads_together,
+        kv_heads=head_count // heads_together,
+        seq=n,
+        head_dim=head_dims[0],
+        head_dim_v=head_dims[1],
+        scale=1.0,
+        bfloat16=False,
+        sm90=sm90,
+        device=0,
+    )
+    return call, *(tuple(map(_native_branch, x)) for x in (branches, transposed(branches)))
+
+
+def kernels(gradients: Any) -> list[str]:
+    return [
+        ("queries", "keys", "ordered" if launch.workspace else "bands")[launch.owner]
+        for launch in gradients.launches
+    ]
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        (sa.Dense(), "ordered"),
+        (sa.Local(300, causal=False), "ordered"),
+        (sa.Local(300), "queries keys"),
+        (sa.Chunk(128), "bands"),
+        (sa.Summary(64, 24), "ordered"),
+        (sa.Fixed(64, 24), "bands ordered"),  # key views go apart
+        (sa.Fixed(64, 24, causal=False), "queries keys keys"),
+        (sa.Strided(700), "ordered bands"),
+        (sa.Strided(40), "bands bands"),
+        (sa.Strided(40, causal=False), "queries keys queries keys"),
+    ],
+    ids=str,
+)
+def test_launches_sum_the_gradients_of_each_pair_once(pattern: Any, names: str) -> None:
+    n = 1300
+    mask = pattern.mask(n).numpy()
+    for sm90, heads_together in ((True, 1), (True, 2), (False, 1)):
+        found = _C.Gradients(
+            [head_range(plan(pattern, n), n, sm90=sm90, heads_together=heads_together)]
+        )
+        if sm90 and heads_together == 1:
+            assert " ".join(kernels(found)) == names
+        else:
+            assert set(kernels(found)) == {"queries", "keys"}
+        sums = {owner: np.zeros((n, n), dtype=np.int64) for owner in (QUERIES, KEYS)}
+        for launch in found.launches:
+            owners = (QUERIES, KEYS) if launch.owner == ALL else (launch.owner,)
+            counts = native_cover([launch.branch], n, (128, 64))
+            for owner in owners:
+                assert launch.accumulate == sums[owner].any()
+                sums[owner] += counts if owner == KEYS or launch.owner == QUERIES else counts.T
+        assert (sums[QUERIES] == mask).all() and (sums[KEYS] == mask.T).all()
+        first = found.launches[0]
+        if first.workspace:  # writes the queries that have a key
+            counts = native_cover([first.branch], n, (128, 64))
+            assert first.writes_every_dq == counts.any(axis=0).all()
+
+
+@needs_native
+def test_launches_that_find_the_statistics() -> None:
+    n = 500
+
+    def found(*patterns: Any) -> tuple[list[bool], bool, bool]:
+        gradients = _C.Gradients([head_range(plan(pattern, n), n) for pattern in patterns])
+        finds = [launch.finds_stats for launch in gradients.launches]
+        return finds, gradients.stats_before, gradients.keeps_stats
+
+    assert found(sa.Local(9)) == ([True], False, False)
+    assert found(sa.Local(9), sa.Chunk(7)) == ([True, True], False, False)
+    assert found(sa.Local(9), sa.Strided(7)) == ([True, True, False], False, True)
+    assert found(sa.Local(9), sa.Local(300)) == ([False, False, False], True, True)
+
+
+@needs_native
+def test_bands_add_to_neighbours() -> None:
+    """Residues first: adding to them is slower."""
+    n = 500
+    launches = _C.Gradients([head_range(plan(sa.Strided(7), n), n)]).launches
+    for launch, distance in zip(launches, (14, 1), strict=True):
+        assert native_cover([launch.branch], n, (128, 64))[100, 100 + distance] == 1
+
+
+@needs_native
+def test_launches_want_the_transposed_branch_of_each_key_view() -> None:
+    call, branches, keys = head_range(plan(sa.Fixed(64, 24), 200), 200)
+    assert len(branches) == 1 and len(keys) == 2
+    for wrong in ((), keys[:1], (*keys, keys[0])):
+        with pytest.raises(ValueError, match="each key view"):
+            _C.Gradients([(call, branches, wrong)])
+
+
+@needs_native
+def test_sanitize_reaches_every_backward_kernel() -> None:
+    reached = set()
+    for pattern, n, heads, kv_heads in (*sanitize.CALLS, *sanitize.LONG_CALLS):
+        if isinstance(pattern, (sa.PerHead, sa.BlockSparse)):
+            continue
+        call = head_range(plan(pattern, n), n, heads_together=heads // kv_heads)
+        found = _C.Gradients([call])
+        adds = [launch.accumulate for launch in found.launches]
+        reached |= set(zip(kernels(found), adds, strict=True))
+    every = ("queries", "keys", "bands", "ordered")
+    assert reached == {(kernel, adds) for kernel in every for adds in (False, True)}
+
+
+def summed_at_once(pattern: Any, n: int) -> list[bool]:
+    """Which branches one kernel sums; of these every pair is in a tile of 128 rows or two."""
     at_once = []
     for branch in plan(pattern, n):
-        parts = branch.transposed()
-        at_once.append(len(parts) == 1 and _C.sums_at_once(_native_branch(parts[0])))
+        launches = _C.Gradients([head_range((branch,), n)]).launches
+        at_once.append(len(launches) == 1 and not launches[0].workspace)
         if not at_once[-1]:
             continue
-        (keys,) = parts
+        (keys,) = branch.transposed()
         reach = 1 if keys.queries.max_rows <= 128 else 2
         for group in range(keys.queries.groups):
             rows = np.arange(int(keys.queries.rows(group)))
@@ -281,21 +409,15 @@ def summed_at_once(pattern: Any, n: int) -> list[bool]:
     return at_once
 
 
-def bytes_for_dq(pattern: Any, n: int, head_dim: int, head_dim_v: int) -> list[int]:
+def bytes_for_dq(
+    pattern: Any, n: int, head_dim: int, head_dim_v: int, head_count: int = 3
+) -> list[int]:
     """What launches that sum dq in turns borrow, by branch and key view; 0: other kernels run."""
-    from sparse_attn.backends.cuda import _native_branch
-
+    head_dims = head_dim, head_dim_v
     return [
-        _C.dq_workspace(
-            branch=_native_branch(keys),
-            batch=2,
-            head_count=3,
-            head_dim=head_dim,
-            head_dim_v=head_dim_v,
-        )
+        _C.Gradients([head_range((part,), n, head_dims, head_count=head_count)]).workspace
         for branch in plan(pattern, n)
         for part in branch.by_key_view()
-        for keys in part.transposed()
     ]
 
 

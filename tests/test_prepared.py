@@ -280,7 +280,7 @@ class Recorder:
     """Stands for the native module: launches are dicts, calls are noted."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[list[dict[str, Any]], tuple[int, ...]]] = []
+        self.calls: list[tuple[list[Any], tuple[int, ...]]] = []
 
     def ForwardParams(self, **params: Any) -> dict[str, Any]:
         return params
@@ -290,11 +290,11 @@ class Recorder:
     def ForwardCall(self, launches: list[dict[str, Any]]) -> Any:
         return lambda *addresses: self.calls.append((launches, addresses))
 
-    def BackwardCall(
-        self, stats: dict[str, Any], launches: list[tuple[dict[str, Any], bool]]
-    ) -> Any:
-        parts = [stats, *(params for params, _ in launches)]
-        return lambda *addresses: self.calls.append((parts, addresses))
+    def Gradients(self, ranges: list[tuple[dict[str, Any], Any, Any]]) -> Any:
+        return SimpleNamespace(ranges=ranges, launches=[], keeps_stats=True, workspace=0)
+
+    def BackwardCall(self, stats: dict[str, Any], gradients: Any) -> Any:
+        return lambda *addresses: self.calls.append(([stats, *gradients.ranges], addresses))
 
     def SequenceView(self, **view: Any) -> Any:
         return view
@@ -400,12 +400,13 @@ def test_one_native_call_for_a_backward_pass(recorder: Recorder) -> None:
         call(dout, dlse, q, k, v, out, lse, None, dq, dk, dv)
     (parts, addresses), (again, _) = recorder.calls
     assert parts == again
-    stats, *launches = parts
+    stats, *ranges = parts
     assert stats["dout"] == q.stride()[:3] and addresses[0] != dout.data_ptr()
     assert addresses[1:6] == tuple(x.data_ptr() for x in (q, k, v, out, lse))
     assert addresses[8] == dq.data_ptr() and addresses[9] != dk.data_ptr()
     assert addresses[11:] == (0, 0, 0, 77)
-    owners = [(x["first_head"], x["head_count"], x["owner"]) for x in launches]
-    expected = [(0, 1), (1, 1), (2, 2)]
-    assert owners == [(*heads, keys) for heads in expected for keys in (cuda._QUERIES, cuda._KEYS)]
-    assert all(x["heads_together"] == 1 for x in launches)
+    assert [(x["first_head"], x["head_count"]) for x, _, _ in ranges] == [(0, 1), (1, 1), (2, 2)]
+    assert all(x["heads_together"] == 1 for x, _, _ in ranges)
+    for head, (_, *both_ways) in enumerate(ranges):
+        rule = pattern.patterns[head]
+        assert both_ways == [cuda.native_plan(rule, 37, way) for way in (False, True)]

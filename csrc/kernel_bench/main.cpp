@@ -14,13 +14,13 @@
 
 #include "check.h"
 #include "dispatch.h"
+#include "gradients.h"
 #include "kernel_bench/options.h"
 #include "kernel_bench/plan_file.h"
 #include "kernel_bench/reference.h"
 #include "kernel_bench/report.h"
 #include "kernel_bench/tensors.h"
 #include "kernel_bench/timing.h"
-#include "sm90/backward_band/fits.h"
 
 // cuda_profiler_api.h, which declares these, comes in a wheel of its own.
 extern "C" cudaError_t cudaProfilerStart();
@@ -63,64 +63,85 @@ void run_forward(const PlanFile& plan, const Tensors& tensors, Kernels kernels, 
   }
 }
 
-void run_row_stats(const Tensors& tensors, int device) {
-  RowStatsParams params{};
-  params.out = tensors.view(tensors.out, tensors.heads, tensors.head_dim_v);
-  params.dout = tensors.view(tensors.dout, tensors.heads, tensors.head_dim_v);
-  params.lse = tensors.lse.data();
-  params.stats = tensors.stats.data();
-  params.batch = tensors.batch;
-  params.heads = tensors.heads;
-  params.seq = tensors.seq;
-  params.head_dim_v = tensors.head_dim_v;
-  params.element = tensors.element;
-  params.device = device;
-  row_stats(params);
-}
+// The launches of a backward call as the Python module makes them, and what they borrow of memory.
+class Backward {
+ public:
+  Backward(const PlanFile& plan, const Tensors& tensors, Kernels kernels, int device)
+      : tensors_(tensors),
+        zero_key_gradients_(plan.zero_key_gradients),
+        gradients_(gradients_of(plan, tensors, kernels, device)),
+        workspace_(gradients_.workspace) {}
 
-void run_backward(const PlanFile& plan, const Tensors& tensors, Kernels kernels, int device) {
-  if (plan.zero_key_gradients) {
-    CHECK_CUDA(cudaMemsetAsync(tensors.dk.data(), 0, tensors.dk.bytes()));
-    CHECK_CUDA(cudaMemsetAsync(tensors.dv.data(), 0, tensors.dv.bytes()));
-  }
-  auto params = params_of<BackwardParams>(tensors, kernels, device);
-  params.dout = tensors.view(tensors.dout, tensors.heads, tensors.head_dim_v);
-  params.dq = tensors.view(tensors.dq, tensors.heads, tensors.head_dim);
-  params.dk = tensors.view(tensors.dk, tensors.kv_heads, tensors.head_dim);
-  params.dv = tensors.view(tensors.dv, tensors.kv_heads, tensors.head_dim_v);
-  params.stats = tensors.stats.data();
-  const bool at_once =
-      kernels == Kernels::sm90 && tensors.heads == tensors.kv_heads &&
-      std::max(tensors.head_dim, tensors.head_dim_v) <= sm90::backward_band::kMostHeadDim &&
-      plan.branches.size() == plan.transposed.size() &&
-      std::all_of(plan.transposed.begin(), plan.transposed.end(), sm90::backward_band::fits);
-  if (at_once) {
-    params.owner = Owner::both;
-    params.heads_together = 1;
-    params.out = tensors.view(tensors.out, tensors.heads, tensors.head_dim_v);
-    params.lse = tensors.lse.data();
-    params.finds_stats = true;
-    // The last first: adding to neighbours is faster than to residues.
-    for (auto branch = plan.transposed.rbegin(); branch != plan.transposed.rend(); ++branch) {
-      params.branch = *branch;
+  void run() const {
+    if (zero_key_gradients_) set_zero(tensors_.dk), set_zero(tensors_.dv);
+    if (!gradients_.launches.front().writes_every_dq) set_zero(tensors_.dq);
+    if (gradients_.stats_before) run_row_stats();
+    for (const GradientLaunch& launch : gradients_.launches) {
+      BackwardParams params = launch.params;
+      params.workspace = launch.workspace > 0 ? workspace_.data() : nullptr;
       backward(params);
-      params.accumulate = true;
-      params.finds_stats = false;  // the first has left them
-    }
-    return;
-  }
-  run_row_stats(tensors, device);
-  for (const Owner owner : {Owner::queries, Owner::keys}) {
-    params.owner = owner;
-    params.heads_together = owner == Owner::keys ? tensors.heads / tensors.kv_heads : 1;
-    params.accumulate = false;
-    for (const Branch& branch : owner == Owner::keys ? plan.transposed : plan.branches) {
-      params.branch = branch;
-      backward(params);
-      params.accumulate = true;
     }
   }
-}
+
+  // Of each launch.
+  std::vector<std::string> kernels() const {
+    std::vector<std::string> names;
+    for (const GradientLaunch& launch : gradients_.launches) {
+      const Owner owner = launch.params.owner;
+      names.push_back(owner == Owner::queries ? "queries"
+                      : owner == Owner::keys  ? "keys"
+                      : launch.workspace > 0  ? "ordered"
+                                              : "bands");
+    }
+    return names;
+  }
+
+ private:
+  static Gradients gradients_of(const PlanFile& plan, const Tensors& tensors, Kernels kernels,
+                                int device) {
+    auto call = params_of<BackwardParams>(tensors, kernels, device);
+    call.dout = tensors.view(tensors.dout, tensors.heads, tensors.head_dim_v);
+    call.out = tensors.view(tensors.out, tensors.heads, tensors.head_dim_v);
+    call.dq = tensors.view(tensors.dq, tensors.heads, tensors.head_dim);
+    call.dk = tensors.view(tensors.dk, tensors.kv_heads, tensors.head_dim);
+    call.dv = tensors.view(tensors.dv, tensors.kv_heads, tensors.head_dim_v);
+    call.lse = tensors.lse.data();
+    call.heads_together = tensors.heads / tensors.kv_heads;
+    Gradients gradients = Gradients::of({{call, plan.branches, plan.transposed}});
+    if (gradients.keeps_stats) {
+      for (GradientLaunch& launch : gradients.launches) {
+        launch.params.stats = tensors.stats.data();
+      }
+    }
+    return gradients;
+  }
+
+  template <class T>
+  static void set_zero(const DeviceBuffer<T>& values) {
+    CHECK_CUDA(cudaMemsetAsync(values.data(), 0, values.bytes()));
+  }
+
+  void run_row_stats() const {
+    const BackwardParams& call = gradients_.launches.front().params;
+    RowStatsParams params{};
+    params.out = call.out;
+    params.dout = call.dout;
+    params.lse = call.lse;
+    params.stats = call.stats;
+    params.batch = call.batch;
+    params.heads = call.heads;
+    params.seq = call.seq_q;
+    params.head_dim_v = call.head_dim_v;
+    params.element = call.element;
+    params.device = call.device;
+    row_stats(params);
+  }
+
+  const Tensors& tensors_;
+  bool zero_key_gradients_;
+  Gradients gradients_;
+  DeviceBuffer<char> workspace_;  // not initialized: initcheck tells what is read before
+};
 
 PlanFile read_plan_at(const std::string& path) {
   std::ifstream input(path);
@@ -129,7 +150,7 @@ PlanFile read_plan_at(const std::string& path) {
 }
 
 Report run(const Options& options) {
-  Report report{options, read_plan_at(options.plan), {}, {}, {}};
+  Report report{options, read_plan_at(options.plan), {}, {}, {}, {}};
   const PlanFile& plan = report.plan;
   int device = 0;
   CHECK_CUDA(cudaGetDevice(&device));
@@ -143,7 +164,9 @@ Report run(const Options& options) {
   const Kernels kernels = options.kernels.value_or(sm90 ? Kernels::sm90 : Kernels::sm80);
   report.options.kernels = kernels;
   const auto call_forward = [&] { run_forward(plan, tensors, kernels, device); };
-  const auto call_backward = [&] { run_backward(plan, tensors, kernels, device); };
+  const Backward gradients(plan, tensors, kernels, device);
+  const auto call_backward = [&] { gradients.run(); };
+  if (options.backward) report.gradients = gradients.kernels();
   std::optional<CacheFlush> flush;
   if (options.cold) flush.emplace();
 

@@ -84,7 +84,8 @@ void set_value(Options& options, const std::string& name, const std::string& tex
 std::string usage() {
   return "usage: kernel_bench PLAN [options]\n"
          "\n"
-         "Checks the kernels against plain loops over the plan, then times them.\n"
+         "Checks the kernels that the Python module would run against plain loops over the plan,\n"
+         "then times them.\n"
          "PLAN is a file: python -m sparse_attn plan strided:128 --n 12288 > PLAN\n"
          "\n"
          "  --batch N         (1)\n"

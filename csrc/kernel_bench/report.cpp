@@ -53,6 +53,12 @@ Rates rates(const Report& report, const DirectionTime& time) {
   return {1e-9 * done.bytes / seconds, 1e-12 * done.flops / seconds};
 }
 
+std::string joined(const std::vector<std::string>& texts) {
+  std::string text;
+  for (const std::string& next : texts) text += (text.empty() ? "" : ", ") + next;
+  return text;
+}
+
 // Objects as a JSON list, one a line.
 std::string json_list(const std::vector<std::string>& objects) {
   std::string text = "[";
@@ -92,6 +98,7 @@ std::string to_text(const Report& report) {
       report.plan.length, options.batch, options.heads, options.kv_heads, options.head_dim,
       options.head_dim_v, name(options.element), name(*options.kernels),
       options.cold ? "flushed" : "not flushed");
+  if (!report.gradients.empty()) text += "gradients by " + joined(report.gradients) + "\n\n";
   text += "tensor    tokens  error, share of allowed\n";
   for (const Check& check : report.checks) {
     text += formatted("%-6s %9lld  %.3g", check.tensor.c_str(),
@@ -111,7 +118,8 @@ std::string to_text(const Report& report) {
 
 std::string to_json(const Report& report) {
   const Options& options = report.options;
-  std::vector<std::string> checks, times;
+  std::vector<std::string> gradients, checks, times;
+  for (const std::string& kernel : report.gradients) gradients.push_back(quoted(kernel));
   for (const Check& check : report.checks) {
     checks.push_back(formatted(
         "{\"tensor\": %s, \"tokens\": %lld, \"error_share\": %s, "
@@ -141,6 +149,7 @@ std::string to_json(const Report& report) {
   text += json_field("head_dim_v", std::to_string(options.head_dim_v));
   text += json_field("dtype", quoted(name(options.element)));
   text += json_field("kernels", quoted(name(*options.kernels)));
+  text += json_field("gradients", "[" + joined(gradients) + "]");
   text += json_field("seed", std::to_string(options.seed));
   text += json_field("cold", flag(options.cold));
   text += json_field("repeats", std::to_string(options.once ? 1 : options.repeats));

@@ -23,6 +23,7 @@ struct Report {
   Options options;
   PlanFile plan;
   std::string device;
+  std::vector<std::string> gradients;  // the kernel of each backward launch
   std::vector<Check> checks;
   std::vector<DirectionTime> times;  // none if a check failed
 

@@ -4,7 +4,6 @@
 # of the kernels; ``backends.cuda.native_plan(pattern, length)`` makes the branches.
 
 max_chunks: int
-most_head_dim_at_once: int
 
 class SequenceView:
     def __init__(
@@ -39,14 +38,56 @@ class Branch:
 
 def cover(branches: list[Branch], length: int, tile_queries: int, tile_keys: int) -> bytes: ...
 
-# Whether one kernel of compute capability 9.0 sums all gradients of a branch, here transposed.
-def sums_at_once(branch: Branch) -> bool: ...
+# What the backward launches of neighbouring heads share; heads_together: of dk and dv.
+class BackwardParams:
+    def __init__(
+        self,
+        *,
+        q: tuple[int, int, int],
+        k: tuple[int, int, int],
+        v: tuple[int, int, int],
+        dout: tuple[int, int, int],
+        out: tuple[int, int, int],
+        dq: tuple[int, int, int],
+        dk: tuple[int, int, int],
+        dv: tuple[int, int, int],
+        batch: int,
+        heads: int,
+        first_head: int,
+        head_count: int,
+        heads_together: int,
+        kv_heads: int,
+        seq: int,
+        head_dim: int,
+        head_dim_v: int,
+        scale: float,
+        bfloat16: bool,
+        sm90: bool,
+        device: int,
+    ) -> None: ...
 
-# Bytes of memory in which another such kernel sums dq of a transposed branch; 0 if it is not made
-# for the branch.
-def dq_workspace(
-    *, branch: Branch, batch: int, head_count: int, head_dim: int, head_dim_v: int
-) -> int: ...
+class GradientLaunch:
+    first_head: int
+    head_count: int
+    owner: int  # 0 queries: dq; 1 keys: dk and dv; 2: all
+    branch: Branch  # transposed unless queries own
+    accumulate: bool
+    finds_stats: bool  # of the queries, for itself and the launches after it
+    workspace: int  # bytes
+    writes_every_dq: bool  # else dq must be 0 before
+
+# The launches for the gradients of a call, complete but for addresses.
+class Gradients:
+    launches: list[GradientLaunch]
+    stats_before: bool  # a launch finds the statistics first
+    keeps_stats: bool  # there must be memory for them
+    workspace: int  # bytes, shared by the launches
+    def __init__(
+        self,
+        # Of each range of heads: its plan, and the transposed one.
+        ranges: list[tuple[BackwardParams, tuple[Branch, ...], tuple[Branch, ...]]],
+    ) -> None: ...
+
 def build_info() -> dict[str, str]: ...
 
 # Only in a build with CUDA kernels.
@@ -92,37 +133,6 @@ class RowStatsParams:
         device: int,
     ) -> None: ...
 
-class BackwardParams:
-    def __init__(
-        self,
-        *,
-        q: tuple[int, int, int],
-        k: tuple[int, int, int],
-        v: tuple[int, int, int],
-        dout: tuple[int, int, int],
-        out: tuple[int, int, int],
-        dq: tuple[int, int, int],
-        dk: tuple[int, int, int],
-        dv: tuple[int, int, int],
-        batch: int,
-        heads: int,
-        first_head: int,
-        head_count: int,
-        heads_together: int,
-        kv_heads: int,
-        seq: int,
-        head_dim: int,
-        head_dim_v: int,
-        scale: float,
-        bfloat16: bool,
-        sm90: bool,
-        owner: int,  # 0 queries: dq; 1 keys: dk and dv of a transposed branch; 2: all, likewise
-        branch: Branch,
-        accumulate: bool,
-        finds_stats: bool,  # owner 2: of the queries, for itself and the launches after it
-        device: int,
-    ) -> None: ...
-
 # The launches of a call; all arguments but the stream are addresses, 0 for none.
 class ForwardCall:
     def __init__(self, launches: list[ForwardParams]) -> None: ...
@@ -143,8 +153,8 @@ class ForwardCall:
 class BackwardCall:
     def __init__(
         self,
-        stats: RowStatsParams | None,  # none where launches find them
-        launches: list[tuple[BackwardParams, bool]],  # and whether it sums dq in the workspace
+        stats: RowStatsParams,
+        gradients: Gradients,
     ) -> None: ...
     def __call__(
         self,

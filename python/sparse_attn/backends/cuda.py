@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from .. import _C
 
 _PARTS = {"before": 0, "inside": 1, "after": 2}
-_QUERIES, _KEYS, _BOTH = range(3)  # whose gradients a backward launch sums
 _LEAST_CAPABILITY = (8, 0)
 _HOPPER = (9, 0)
 _LEAST_BLOCK_SM90 = 64  # the queries of a warpgroup
@@ -343,27 +342,8 @@ def _backward_launches(
     scale: float,
     sm90: bool,
 ) -> _BackwardLaunches:
-    """The statistics of the queries; then dq, dk and dv for each range of heads and each branch.
-
-    A kernel that sums all gradients of a branch finds the statistics on the way, for those after it
-    too. Where each range of heads begins with one, no launch is needed for them; where there is
-    no other, no memory.
-    """
+    """The statistics of the queries; then dq, dk and dv for each range of heads and each branch."""
     sizes = _sizes(q, k, v)
-    allowed = sm90 and group == 1
-    ranges = [
-        (
-            heads,
-            _gradient_launches(
-                pattern,
-                q.shape[2],
-                layout_heads,
-                _AtOnce(allowed, q.shape[0], len(heads), q.shape[3], v.shape[3]),
-            ),
-        )
-        for heads, pattern in _head_ranges(rule, q.shape[1])
-    ]
-    found = allowed and all(first.finds_stats for _, (first, *_) in ranges)
     names = ("batch", "heads", "seq", "head_dim_v", "bfloat16", "device")
     stats = native().RowStatsParams(
         **_strides(out=out, dout=dout), **{name: sizes[name] for name in names}
@@ -371,34 +351,29 @@ def _backward_launches(
     call = {
         **_strides(q=q, k=k, v=v, dout=dout, out=out, dq=dq, dk=dk, dv=dv),
         **sizes,
+        "heads_together": group,
         "scale": scale,
         "sm90": sm90,
     }
-    launches = [
-        (
-            native().BackwardParams(
-                owner=launch.owner,
-                branch=launch.branch,
-                accumulate=launch.adds,
-                finds_stats=found and number == 0,
-                first_head=heads.start,
-                head_count=len(heads),
-                heads_together=group if launch.owner == _KEYS else 1,
-                **call,
-            ),
-            launch.workspace > 0,
+    ranges = []
+    for heads, pattern in _head_ranges(rule, q.shape[1]):
+        both_ways = (
+            _with_layout(
+                native_plan(pattern, q.shape[2], transposed), pattern, q.shape[2], layout_heads
+            )
+            for transposed in (False, True)
         )
-        for heads, gradients in ranges
-        for number, launch in enumerate(gradients)
-    ]
+        params = native().BackwardParams(first_head=heads.start, head_count=len(heads), **call)
+        ranges.append((params, *both_ways))
+    gradients = native().Gradients(ranges)
     return _BackwardLaunches(
-        native().BackwardCall(None if found else stats, launches),
-        keeps_stats=not found or any(len(gradients) > 1 for _, gradients in ranges),
-        workspace=max(launch.workspace for _, gradients in ranges for launch in gradients),
+        native().BackwardCall(stats, gradients),
+        keeps_stats=gradients.keeps_stats,
+        workspace=gradients.workspace,
         zeroed_queries=[
-            slice(heads.start, heads.stop)
-            for heads, (first, *_) in ranges
-            if not first.writes_every_query
+            slice(launch.first_head, launch.first_head + launch.head_count)
+            for launch in gradients.launches
+            if not launch.accumulate and not launch.writes_every_dq
         ],
     )
 
@@ -408,74 +383,6 @@ class _BackwardLaunches(NamedTuple):
     keeps_stats: bool  # whether there must be memory for the statistics
     workspace: int  # bytes
     zeroed_queries: list[slice]  # heads whose dq must be zero before
-
-
-class _AtOnce(NamedTuple):
-    """Of which sizes one launch may sum all gradients of a branch."""
-
-    allowed: bool
-    batch: int
-    head_count: int
-    head_dim: int
-    head_dim_v: int
-
-
-class _GradientLaunch(NamedTuple):
-    owner: int  # whose gradients it sums
-    branch: _C.Branch
-    adds: bool = False  # to those of the launches before
-    finds_stats: bool = False
-    workspace: int = 0  # bytes
-    writes_every_query: bool = True
-
-
-def _gradient_launches(
-    pattern: Pattern, seq: int, layout_heads: int, at_once: _AtOnce
-) -> list[_GradientLaunch]:
-    """The backward launches of some heads.
-
-    The key views of a branch go apart where one launch then sums all gradients of one of them.
-    """
-
-    def native_branches(*branches: Branch) -> tuple[_C.Branch, ...]:
-        return _with_layout(map(_native_branch, branches), pattern, seq, layout_heads)
-
-    launches: list[_GradientLaunch] = []
-    for branch in plan(pattern.rule, seq):
-        parts = branch.by_key_view()
-        found = [_launch_at_once(x, native_branches(*x.transposed())[0], at_once) for x in parts]
-        if not any(found):
-            parts, found = (branch,), [None]
-        for part, launch in zip(parts, found, strict=True):
-            adds = bool(launches)
-            if launch is not None:
-                launches.append(launch._replace(adds=adds))
-                continue
-            (queries,) = native_branches(part)
-            launches.append(_GradientLaunch(_QUERIES, queries, adds))
-            for number, keys in enumerate(native_branches(*part.transposed())):
-                launches.append(_GradientLaunch(_KEYS, keys, adds or number > 0))
-    if all(launch.finds_stats for launch in launches):  # adding to neighbours is the faster way
-        launches = [x._replace(adds=number > 0) for number, x in enumerate(reversed(launches))]
-    return launches
-
-
-def _launch_at_once(branch: Branch, keys: _C.Branch, at_once: _AtOnce) -> _GradientLaunch | None:
-    """One launch for all gradients of a branch, transposed ``keys``, if a kernel takes it."""
-    allowed, batch, head_count, head_dim, head_dim_v = at_once
-    if not allowed:
-        return None
-    narrow = max(head_dim, head_dim_v) <= native().most_head_dim_at_once
-    if narrow and native().sums_at_once(keys):
-        return _GradientLaunch(_BOTH, keys, finds_stats=True)
-    workspace = native().dq_workspace(
-        branch=keys, batch=batch, head_count=head_count, head_dim=head_dim, head_dim_v=head_dim_v
-    )
-    if not workspace:
-        return None
-    near = branch.segments[0]
-    attends_itself = near.keys == branch.queries and near.part == "inside" and not branch.block
-    return _GradientLaunch(_BOTH, keys, workspace=workspace, writes_every_query=attends_itself)
 
 
 def _block_rows(
