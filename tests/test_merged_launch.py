@@ -7,6 +7,8 @@ here the launch must end, and give the same bits, whatever else is on the GPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -75,22 +77,29 @@ def test_heads_alone(pattern: sa.Pattern) -> None:
         assert_same((out[:, head : head + 1], lse[:, head : head + 1]), alone)
 
 
-def test_two_streams(pattern: sa.Pattern) -> None:
-    """Two calls that share the multiprocessors end, though each waits for tiles of its own."""
-    both = [inputs(12_001), inputs(8_000)]
-    wanted = [run(tensors, pattern) for tensors in both]
-    streams = [torch.cuda.Stream() for _ in both]
+def assert_same_on_two_streams(calls: Sequence[Callable[[], tuple[torch.Tensor, ...]]]) -> None:
+    """Calls that share the multiprocessors end, though each waits within itself."""
+    wanted = [call() for call in calls]
+    streams = [torch.cuda.Stream() for _ in calls]
+    gate = torch.cuda.Event()
+    torch.cuda._sleep(20_000_000)  # type: ignore[no-untyped-call]
+    gate.record()
+    results: list[tuple[int, tuple[torch.Tensor, ...]]] = []
     for stream in streams:
-        stream.wait_stream(torch.cuda.current_stream())
-    results: list[list[Results]] = [[], []]
-    for _ in range(10):
+        stream.wait_event(gate)
+    for _ in range(5):
         for number, stream in enumerate(streams):
             with torch.cuda.stream(stream):
-                results[number].append(run(both[number], pattern))
+                results.append((number, calls[number]()))
     torch.cuda.synchronize()
-    for number, runs in enumerate(results):
-        for actual in runs:
-            assert_same(actual, wanted[number])
+    for number, actual in results:
+        for result, right in zip(actual, wanted[number], strict=True):
+            assert_same_bits(f"call {number}", result, right)
+
+
+def test_forward_on_two_streams(pattern: sa.Pattern) -> None:
+    calls = [partial(run, inputs(seq), pattern) for seq in (12_001, 8_000)]
+    assert_same_on_two_streams(calls)
 
 
 def test_graph_on_two_streams(pattern: sa.Pattern) -> None:

@@ -7,6 +7,7 @@ for more query tiles than are summed at a time, which the other tests do not hav
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 import oracle
 import sparse_attn as sa
 from compare import assert_close, assert_same_bits
-from test_merged_launch import occupy
+from test_merged_launch import assert_same_on_two_streams, occupy
 
 pytestmark = pytest.mark.gpu
 
@@ -157,23 +158,9 @@ def test_slots_pass_on(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["dense", "window", "blocks-128"])
-def test_two_streams(name: str) -> None:
-    """Two calls that share the multiprocessors end, though each waits for turns of its own."""
-    both = [inputs(9001), inputs(7000)]
-    patterns = [pattern_of(name, 9001), pattern_of(name, 7000)]
-    wanted = [grads(*call) for call in zip(both, patterns, strict=True)]
-    streams = [torch.cuda.Stream() for _ in both]
-    for stream in streams:
-        stream.wait_stream(torch.cuda.current_stream())
-    results: list[list[Grads]] = [[], []]
-    for _ in range(5):
-        for number, stream in enumerate(streams):
-            with torch.cuda.stream(stream):
-                results[number].append(grads(both[number], patterns[number]))
-    torch.cuda.synchronize()
-    for number, runs in enumerate(results):
-        for actual in runs:
-            assert_same(actual, wanted[number])
+def test_backward_on_two_streams(name: str) -> None:
+    calls = [partial(grads, inputs(seq), pattern_of(name, seq)) for seq in (9001, 7000)]
+    assert_same_on_two_streams(calls)
 
 
 @pytest.mark.parametrize("free", [1, 30])
