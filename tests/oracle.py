@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial, reduce
 from typing import Any
 
 import numpy as np
@@ -108,6 +108,21 @@ def product_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return worst
 
 
+def sum_fp32(x: torch.Tensor) -> torch.Tensor:
+    """The sum over the last dimension in fp32, each the worst of some random orders.
+
+    Long ones as a GPU takes them: the terms of a lane one after another, then the lanes.
+    """
+    terms = x.shape[-1]
+    lanes = -(-terms // MOST_TERMS)
+    orders = torch.stack([torch.randperm(terms) for _ in range(ORDERS)]).to(x.device)
+    shuffled = torch.nn.functional.pad(x[..., orders], (0, -terms % lanes))
+    lane_sums = reduce(torch.add, shuffled.unflatten(-1, (-1, lanes)).unbind(-2))
+    sums = reduce(torch.add, lane_sums.unbind(-1))
+    error = (sums - x.double().sum(-1, keepdim=True)).abs()
+    return sums.gather(-1, error.argmax(-1, keepdim=True)).squeeze(-1)
+
+
 def attention(
     q: torch.Tensor,  # (batch, heads, seq, head_dim)
     k: torch.Tensor,  # (batch, kv_heads, seq, head_dim)
@@ -122,18 +137,24 @@ def attention(
 
     With ``rounding`` in fp32, and scores, weights and products rounded to that dtype: the error
     that the precision costs. For fp32 that is the error of the sums alone, so those are taken term
-    by term: a matrix library is luckier with some shapes than with others. A query without a key
-    has out 0, lse -inf and zero gradients.
+    by term: a matrix library is luckier with some shapes than with others. And the scores are taken
+    anew for the gradients, since what keeps only lse must do so: then a weight is off by two errors
+    of its score, where the same score twice would leave none to a query of one key. A query without
+    a key has out 0, lse -inf and zero gradients.
     """
     work = torch.float64 if rounding is None else torch.float32
     product = product_fp32 if rounding == torch.float32 else torch.matmul
+    total = sum_fp32 if rounding else partial(torch.sum, dim=-1)  # lse is fp32 for 16 bits too
 
     def rounded(x: torch.Tensor) -> torch.Tensor:
         return x if rounding is None else x.to(rounding).to(work)
 
+    def masked_scores(q: torch.Tensor, k: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+        return rounded(product(q, k.mT) * factor).masked_fill(~allowed, -math.inf)
+
     batch, heads, seq, head_dim = q.shape
     group = heads // k.shape[1]
-    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    factor = 1 / math.sqrt(head_dim) if scale is None else scale
     q, k, v = q.detach().to(work), k.detach().to(work), v.detach().to(work)
     out = q.new_zeros(batch, heads, seq, v.shape[-1])
     lse = q.new_full((batch, heads, seq), -math.inf)
@@ -155,20 +176,24 @@ def attention(
                 continue
             allowed = head_mask[rows][:, seen]
             q_rows, k_seen, v_seen = q[:, head, rows], k[:, kv_head, seen], v[:, kv_head, seen]
-            scores = rounded(product(q_rows, k_seen.mT) * scale).masked_fill(~allowed, -math.inf)
-            row_lse = torch.logsumexp(scores, -1)
             empty = ~allowed.any(-1)
-            weights = rounded(torch.exp(scores - row_lse.masked_fill(empty, 0)[..., None]))
+            scores = masked_scores(q_rows, k_seen, allowed)
+            greatest = scores.amax(-1, keepdim=True).masked_fill(empty[:, None], 0)
+            row_lse = greatest.squeeze(-1) + total(torch.exp(scores - greatest)).log()
+            subtracted = row_lse.masked_fill(empty, 0)[..., None]
+            weights = rounded(torch.exp(scores - subtracted))
             out_rows = rounded(product(weights, v_seen))
             out[:, head, rows], lse[:, head, rows] = out_rows, row_lse
             if dout is None:
                 continue
+            if rounding == torch.float32:
+                weights = torch.exp(masked_scores(q_rows, k_seen, allowed) - subtracted)
             dout_rows = dout[:, head, rows]
-            delta = (dout_rows * out_rows).sum(-1) - dlse[:, head, rows]
+            delta = total(dout_rows * out_rows) - dlse[:, head, rows]
             dweights = rounded(product(dout_rows, v_seen.mT))
             dscores = rounded(weights * (dweights - delta.masked_fill(empty, 0)[..., None]))
-            dq[:, head, rows] = product(dscores, k_seen) * scale
-            dk[:, kv_head, seen] += product(dscores.mT, q_rows) * scale
+            dq[:, head, rows] = product(dscores, k_seen) * factor
+            dk[:, kv_head, seen] += product(dscores.mT, q_rows) * factor
             dv[:, kv_head, seen] += product(weights.mT, dout_rows)
     if dout is None:
         return Result(out, lse)

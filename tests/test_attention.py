@@ -190,6 +190,33 @@ def test_comparison_fails_on_planted_errors(dtype: torch.dtype) -> None:
         assert_close("none", None, reference, low)
 
 
+@pytest.mark.parametrize("case", [c for c in KEY_CASES if c.dtype != torch.float64], ids=str)
+def test_comparison_fails_on_small_faults(case: Case, seed: int) -> None:
+    """In results that are exact but for one fault, and rounded."""
+    x = make_inputs(case, seed)
+    exact, low = expected(case, seed, "cpu")
+    head = max(range(case.heads[0]), key=lambda head: int(case.masks[head].sum(-1).max()))
+    keys = case.masks[head].sum(-1)
+    query = int(keys.masked_fill(keys < 2, case.n + 1).argmin())
+    one_less = [mask.clone() for mask in case.masks]
+    one_less[head][query, int(one_less[head][query].nonzero()[0])] = False
+    off = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[case.dtype]
+    scale = (1 + off) * case.head_dims[0] ** -0.5
+    faults = {
+        "none": oracle.attention(x.q, x.k, x.v, case.masks, None, x.dout, x.dlse),
+        "a key left out": oracle.attention(x.q, x.k, x.v, one_less, None, x.dout, x.dlse),
+        "scale": oracle.attention(x.q, x.k, x.v, case.masks, scale, x.dout, x.dlse),
+        "no dlse": oracle.attention(x.q, x.k, x.v, case.masks, None, x.dout),
+    }
+    for fault, result in faults.items():
+        stored = {
+            name: getattr(result, name).to(torch.float32 if name == "lse" else case.dtype)
+            for name in RESULTS
+        }
+        with nullcontext() if fault == "none" else pytest.raises(AssertionError, match="within"):
+            assert_all_close(stored, exact, low)
+
+
 def test_bits_differ() -> None:
     x = torch.randn(5)
     assert_same_bits("x", x, x.clone())
