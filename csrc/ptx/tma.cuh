@@ -68,6 +68,16 @@ __device__ __forceinline__ void tma_store_last(const CUtensorMap& map, const voi
       : "memory");
 }
 
+// tma_store, but adds to what is there: each sum is rounded to nearest, in L2.
+__device__ __forceinline__ void tma_add(const CUtensorMap& map, const void* smem, int column,
+                                        int place, int run, int head, int batch) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.5d.global.shared::cta.add.bulk_group"
+      " [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(&map),
+      "r"(shared_address(smem)), "r"(column), "r"(place), "r"(run), "r"(head), "r"(batch)
+      : "memory");
+}
+
 // Waits until this thread's copies so far have read shared memory.
 __device__ __forceinline__ void tma_wait_read() {
   asm volatile(

@@ -26,12 +26,17 @@ struct Place {
   int stage = 0;
   int round = 0;  // parity of the times around
 
-  // Of the `number`-th use of a stage.
-  static __device__ __forceinline__ Place of(int number) {
-    return {number % kStages, number / kStages % 2};
-  }
   __device__ __forceinline__ void advance() {
     if (++stage == kStages) stage = 0, round ^= 1;
+  }
+  // So many stages on, not more than there are; and so many before.
+  __device__ __forceinline__ void advance_by(int stages) {
+    stage += stages;
+    if (stage >= kStages) stage -= kStages, round ^= 1;
+  }
+  __device__ __forceinline__ Place before(int stages) const {
+    return stage < stages ? Place{stage - stages + kStages, round ^ 1}
+                          : Place{stage - stages, round};
   }
   __device__ __forceinline__ void wait_full(RingBarriers<kStages>& ring) const {
     ptx::mbarrier_wait(ring.full[stage], round);

@@ -2,6 +2,8 @@
 // Constants and shared memory of the Hopper backward kernel of bands.
 #pragma once
 
+#include <type_traits>
+
 #include "attention/register_tile.cuh"
 #include "attention/shared_tile.cuh"
 #include "params.h"
@@ -15,8 +17,10 @@ constexpr int kConsumers = 2;  // warpgroups that compute
 static_assert(kTileRows == kConsumers * kWarpgroupRows);
 constexpr int kParts = kTileRows / kWarpgroupRows;  // a tile comes 64 rows at a time
 constexpr int kStatsWarps = 2;
+constexpr int kWarpRows = 16;  // of the sums of a warp
 
-// The query rows that each key of a tile is attended by, counted from the tile's first row.
+// The query rows that each key of a tile is attended by, counted from the tile's first row: kFar
+// ends those of a key that lacks no later query, and begins those of a key that does not exist.
 struct Band {
   int16_t first[kTileRows];
   int16_t end[kTileRows];
@@ -24,6 +28,8 @@ struct Band {
   // pair is attended; 8 bits on: whether a key lacks the first queries; 16 bits on: the last.
   uint32_t seen;
 };
+
+constexpr int kFar = 2 * kTileRows;  // no step has queries from there on
 
 // Of some queries.
 struct alignas(16) Stats {
@@ -33,13 +39,17 @@ struct alignas(16) Stats {
 
 // A tile of queries beside the keys of the tile before, and of its own rows.
 struct Step {
-  QueryTile tile;   // no row: the last step
-  int parts;        // of 64 queries
-  bool back;        // the keys of the tile before
-  bool loads_back;  // which begin here: another CTA sums their gradients
-  bool own;         // the keys of the tile
-  bool keeps_own;   // which the queries of the next tile attend too
+  QueryTile tile;  // no row: the last step
+  struct Kind {
+    uint32_t parts : 2;       // of 64 queries
+    uint32_t back : 1;        // the keys of the tile before
+    uint32_t loads_back : 1;  // which begin here: another CTA sums their gradients
+    uint32_t own : 1;         // the keys of the tile
+    uint32_t keeps_own : 1;   // which the queries of the next tile attend too
+  } kind;                     // one word, to be read once
 };
+
+struct Nothing {};
 
 template <class T, int kHeadDim_, int kHeadDimV_>
 struct Config {
@@ -49,13 +59,18 @@ struct Config {
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kColumns = kHeadDim + kHeadDimV;
   static constexpr bool kNarrow = kColumns <= 64;
-  static constexpr int kKeyStages = !kNarrow && kColumns <= 128 ? 3 : 2;          // of 128
-  static constexpr int kValueStages = kColumns <= 192 ? kParts * kKeyStages : 3;  // of 64
+  static constexpr bool kScarce = kColumns > 128;  // what follows is
+  // dk has shared memory to leave through: else it leaves through the values, before dv.
+  static constexpr bool kDkBesideDv = kColumns == 128;
+  static constexpr int kKeyStages = !kNarrow && kColumns <= 128 ? 3 : 2;  // of 128
+  static constexpr int kValueStages = kDkBesideDv       ? 5
+                                      : kColumns <= 192 ? kParts * kKeyStages
+                                                        : 3;  // of 64
   // Values of a tile that load before its keys: others wait for the tile before.
   static constexpr int kValuesFirst = kValueStages > 3 ? kParts : 1;
   static constexpr int kQueryStages = kColumns <= 128 ? 4 : kColumns <= 192 ? 3 : 2;  // of 64
   static constexpr int kStepStages = 4;
-  static constexpr int kOutStages = kColumns <= 128 ? 3 : 1;  // of 64
+  static constexpr int kOutStages = kNarrow ? 3 : kScarce ? 1 : 2;  // of 64
   // On a multiprocessor; then the registers of a lane that loads and of one that computes.
   static constexpr int kCtas = kNarrow ? 2 : 1;
   static constexpr int kLoadRegisters = kNarrow ? 32 : 40;
@@ -72,6 +87,9 @@ struct Config {
 
   using Part = SharedTile<T, kWarpgroupRows, kHeadDim>;
   using PartV = SharedTile<T, kWarpgroupRows, kHeadDimV>;
+  // As a warp stores sums.
+  using WarpPart = SharedTile<T, kWarpRows, kHeadDim>;
+  using WarpPartV = SharedTile<T, kWarpRows, kHeadDimV>;
 
   struct SharedMemory {
     Part k[kKeyStages][kParts];
@@ -81,6 +99,7 @@ struct Config {
     // Gradients of scores, keys by queries; `slot_of` tells where.
     SharedTile<T, kWarpgroupRows, kWarpgroupRows> dscores[4];
     PartV out[kOutStages];
+    std::conditional_t<kDkBesideDv, Part[kConsumers], Nothing> dk;
     Stats stats[kQueryStages];
     Band band[kKeyStages];
     Step step[kStepStages];

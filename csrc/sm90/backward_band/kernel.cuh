@@ -22,6 +22,7 @@ namespace sparse_attn::sm90::backward_band {
 
 struct Maps {
   ViewMap q, k, v, dout, out;
+  ViewMap dq, dk, dv;  // of 16 rows
 };
 
 __device__ __forceinline__ QueryTile tile_before(const QueryTile& tile) {
@@ -74,7 +75,8 @@ struct Steps {
       const bool back = tile.first_row > 0, begins = first;
       first = false;
       keeps_own = own && walks && tile.first_row + kTileRows < view.max_rows;
-      return {tile, parts_of(tile), back, back && begins, own, keeps_own};
+      const uint32_t parts = parts_of(tile);
+      return {tile, {parts, back, back && begins, own, keeps_own}};
     }
     return {};
   }
@@ -116,7 +118,7 @@ __device__ __forceinline__ void load_queries(SharedMemory& smem, const BackwardP
     __syncwarp();
     if (step.tile.rows == 0) break;
 #pragma unroll 1
-    for (int number = 0; number < step.parts; ++number) {
+    for (int number = 0; number < step.kind.parts; ++number) {
       const QueryTile part = part_of(step.tile, number);
       uint64_t& full = smem.query_ring.full[place.stage];
       place.wait_empty(smem.query_ring);
@@ -148,8 +150,8 @@ __device__ __forceinline__ uint32_t seen_parts(const Band& band, int rows) {
   const bool exists = keys > 0;
   const auto bits = [](bool bit) { return __ballot_sync(0xffffffff, bit) & 0xff; };
   return bits(exists && band.first[first_key] < last && band.end[last_key] > first) |
-         bits(exists && first < band.first[last_key]) << 8 |
-         bits(exists && (last > band.end[first_key] || keys < kWarpgroupRows)) << 16;
+         bits(exists && (first < band.first[last_key] || keys < kWarpgroupRows)) << 8 |
+         bits(exists && last > band.end[first_key]) << 16;
 }
 
 // The warp that loads keys and values, and finds which queries attend them.
@@ -168,7 +170,7 @@ __device__ __forceinline__ void load_keys(SharedMemory& smem, const BackwardPara
     const Step& step = smem.step[step_place.stage];
     if (step.tile.rows == 0) break;
 #pragma unroll 1
-    for (int before = step.loads_back; before >= 0 && step.own; --before) {
+    for (int before = step.kind.loads_back; before >= 0 && step.kind.own; --before) {
       const QueryTile tile = before ? tile_before(step.tile) : step.tile;
       const int kv_head = kv_head_of(params, tile.head);
       const auto load_values = [&](int number) {
@@ -186,6 +188,7 @@ __device__ __forceinline__ void load_keys(SharedMemory& smem, const BackwardPara
       for (; values < Config::kValuesFirst; ++values) load_values(values);
       uint64_t& k_full = smem.k_ring.full[place.stage];
       Band& band = smem.band[place.stage];
+      const int query_rows = view.rows(tile.group);
       place.wait_empty(smem.k_ring);
 #pragma unroll 1
       for (int number = 0; number < parts_of(tile); ++number) {
@@ -195,8 +198,9 @@ __device__ __forceinline__ void load_keys(SharedMemory& smem, const BackwardPara
 #pragma unroll 1
       for (int row = lane; row < kTileRows; row += 32) {
         const int token = view.position(tile.group, tile.first_row + row);
-        Interval queries = {tile.first_row, tile.first_row};
+        Interval queries = {tile.first_row + kFar, tile.first_row + kFar};
         if (row < tile.rows) queries = branch.segments[0].bounds(branch.run, tile.group, token);
+        if (queries.end == query_rows) queries.end = tile.first_row + kFar;
         band.first[row] = static_cast<int16_t>(queries.first - tile.first_row);
         band.end[row] = static_cast<int16_t>(queries.end - tile.first_row);
       }
@@ -230,12 +234,12 @@ __device__ __forceinline__ void find_stats(SharedMemory& smem, const BackwardPar
     const Step& step = smem.step[step_place.stage];
     if (step.tile.rows == 0) break;
 #pragma unroll 1
-    for (int number = 0; number < step.parts; ++number) {
+    for (int number = 0; number < step.kind.parts; ++number) {
       const QueryTile part = part_of(step.tile, number);
       const bool exists = row < part.rows;
       const int64_t head = static_cast<int64_t>(part.batch) * params.heads + part.head;
       const int64_t index = head * params.seq_q + view.position(part.group, part.first_row + row);
-      RowStats found = {0.f, 0.f};
+      RowStats found = {-minus_infinity(), 0.f};  // where there is no query, no weight
       if (exists && finds) {
         found.lse_log2 = params.lse[index] * kLog2E;
         if (params.dlse != nullptr) found.delta = -params.dlse[index];
@@ -279,7 +283,7 @@ __device__ __forceinline__ int slot_of(int part, int keys) {
 // A warpgroup that computes the `number`-th 64 keys of every tile.
 template <class Config, class SharedMemory>
 __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams& params,
-                                        int number) {
+                                        const Maps& maps, int number) {
   using T = typename Config::Element;
   using Scores = typename Config::Scores;
   constexpr int kLaneRows = Scores::kLaneRows;
@@ -287,19 +291,41 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
   const float scale_log2 = params.scale * kLog2E;
   const int warp_row = threadIdx.x / 32 % 4 * 16;  // of a part
   const auto sync = [&] { ptx::named_barrier(1 + number, 128); };
-  int loaded = 0;  // tiles of keys before the step's own
   Place<Config::kQueryStages> query_place;
+  Place<Config::kKeyStages> own_key_place;
+  Place<Config::kValueStages> own_value_place = {number, 0};
   Place<Config::kStepStages> step_place;
   Place<1> dscores_place;  // filled for every part of queries
-  // Of keys of the tile, or of the tile before. Found when needed: registers are scarce.
-  const auto key_place_of = [&](bool own) {
-    return Place<Config::kKeyStages>::of(loaded - (own ? 0 : 1));
-  };
+  // Of keys of the tile, or of the tile before.
+  const auto key_place_of = [&](bool own) { return own ? own_key_place : own_key_place.before(1); };
   const auto value_place_of = [&](bool own) {
-    return Place<Config::kValueStages>::of((loaded - (own ? 0 : 1)) * kParts + number);
+    return own ? own_value_place : own_value_place.before(kParts);
   };
+  const auto advance_keys = [&] {
+    own_key_place.advance();
+    own_value_place.advance_by(kParts);
+  };
+  uint32_t back_seen = 0, own_seen = 0;   // Band::seen of these keys
+  bool values_loaded;                     // who has waited for them need not again
   typename Config::GradientK gradient_k;  // over scale
   typename Config::GradientV gradient_v;
+
+  // The barrier of the shared memory through which a sum leaves: free when the copy has read it,
+  // for which nobody waits at once where there is more.
+  uint64_t* leaving = nullptr;
+  const auto let_go = [&] {
+    if (leaving == nullptr) return;
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+      ptx::tma_wait_read();
+      ptx::mbarrier_arrive(*leaving);
+    }
+    leaving = nullptr;
+  };
+  const auto leave_through = [&](uint64_t& empty) {
+    leaving = &empty;
+    if (Config::kScarce) let_go();
+  };
 
   // Sums this warpgroup's keys over one part of queries.
   const auto sum_part = [&](int key_stage, const Place<Config::kValueStages>& value_place,
@@ -318,7 +344,7 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
       Scores weights, dscores;
       ptx::wgmma_fence();
       start_multiply_transposed<T>(weights, k_smem, q_smem, query);
-      if (begins) value_place.wait_full(smem.v_ring);
+      if (begins && !values_loaded) value_place.wait_full(smem.v_ring), values_loaded = true;
       ptx::wgmma_fence();
       start_multiply_transposed<T>(dscores, v_smem, dout_smem, query);
       if (begins) query_place.wait_full(smem.stats_ring);
@@ -327,33 +353,38 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
       weights.for_each([&](float& weight, int, int column) {
         weight = ptx::exp2(weight * scale_log2 - stats.lse_log2[query + column]);
       });
-      // Most are cut at one end only.
+      // Most are cut at one end only. Columns count from this lane's first: they are constants.
+      const int lane_column = threadIdx.x % 4 * 2;
       int bound[kLaneRows];
       if (seen >> 8 & 1) {
 #pragma unroll
         for (int i = 0; i < kLaneRows; ++i) {
-          bound[i] = band.first[first_key + Scores::row(i)] - first_query;
+          bound[i] = band.first[first_key + Scores::row(i)] - first_query - lane_column;
         }
         weights.for_each([&](float& weight, int row, int column) {
-          if (column < bound[row]) weight = 0.f;
+          if (column - lane_column < bound[row]) weight = 0.f;
         });
       }
       if (seen >> 16 & 1) {
 #pragma unroll
         for (int i = 0; i < kLaneRows; ++i) {
-          bound[i] = band.end[first_key + Scores::row(i)] - first_query;
+          bound[i] = band.end[first_key + Scores::row(i)] - first_query - lane_column;
         }
         weights.for_each([&](float& weight, int row, int column) {
-          if (column >= bound[row]) weight = 0.f;
+          if (column - lane_column >= bound[row]) weight = 0.f;
         });
       }
+      if (begins) let_go();
       if (branch.residues > 1) fill_other_residues(weights, branch.residues, first_query, 0.f);
-      ptx::wgmma_wait<0>();
+      Rounded<T, Scores> rounded_weights(weights);
+      ptx::wgmma_fence();
+      start_multiply_add<T>(gradient_v, rounded_weights, dout_smem, query);
+      ptx::wgmma_wait<1>();
       ptx::pin(dscores);
       dscores.for_each(weights, [&](float& dscore, float weight, int, int column) {
         dscore = weight * (dscore - stats.delta[query + column]);
       });
-      Rounded<T, Scores> rounded_weights(weights), rounded_dscores(dscores);
+      Rounded<T, Scores> rounded_dscores(dscores);
       if (begins) dscores_place.wait_empty(smem.dscores_ring);
       auto& dscores_smem = smem.dscores[slot];
       const int lane = ptx::lane();
@@ -364,7 +395,6 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
       }
       if (ends) ptx::fence_async_proxy();  // between these stores and wgmma
       ptx::wgmma_fence();
-      start_multiply_add<T>(gradient_v, rounded_weights, dout_smem, query);
       start_multiply_add<T>(gradient_k, rounded_dscores, q_smem, query);
       ptx::wgmma_wait<0>();
       ptx::pin(gradient_v);
@@ -375,104 +405,119 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
   };
 
   // dq of a part of queries, over all keys.
-  const auto sum_queries = [&](const Step& step, int part) {
+  const auto sum_queries = [&](const QueryTile& tile, int part) {
     typename Config::GradientQ gradient_q;
     gradient_q.clear();
+    const int back_stage = key_place_of(false).stage, own_stage = own_key_place.stage;
     dscores_place.wait_full(smem.dscores_ring);
-    const uint32_t back_seen = step.back ? smem.band[key_place_of(false).stage].seen : 0;
-    const uint32_t own_seen = smem.band[key_place_of(true).stage].seen;
-#pragma unroll 1
+#pragma unroll(Config::kColumns == 128 ? 4 : 1)  // elsewhere registers are scarce
     for (int keys = 0; keys < 4; ++keys) {
       const bool own = keys >= 2;
       const uint32_t seen = own ? own_seen : back_seen;
-      if (!(seen >> (4 * (keys % 2) + (own ? 0 : kParts) + part) & 1)) continue;
-      const int stage = key_place_of(own).stage;
-      ptx::wgmma_fence();
-      start_multiply_add_across<T>(gradient_q, smem.dscores[slot_of(part, keys)],
-                                   smem.k[stage][keys % 2]);
+      if (seen >> (4 * (keys % 2) + (own ? 0 : kParts) + part) & 1) {
+        ptx::wgmma_fence();
+        start_multiply_add_across<T>(gradient_q, smem.dscores[slot_of(part, keys)],
+                                     smem.k[own ? own_stage : back_stage][keys % 2]);
+      }
     }
     ptx::wgmma_wait<0>();
     ptx::pin(gradient_q);
     dscores_place.arrive_empty(smem.dscores_ring);
-    query_place.wait_full(smem.stats_ring);  // dout is read no more
-    const Target target = {params.dq,       branch.queries,
-                           step.tile,       part * kWarpgroupRows + warp_row,
-                           params.head_dim, params.accumulate};
-    const Outgoing<T, typename Config::GradientQ> dq(gradient_q, params.scale,
-                                                     smem.dout[query_place.stage], warp_row);
-    ptx::fence_async_proxy();  // between shared memory and the next queries; before the stores
-    query_place.arrive_empty(smem.query_ring);
-    dq.store(target);
+    // Where no pair has waited: dout is read no more.
+    if (!(own_seen >> (4 * number + part) & 1)) query_place.wait_full(smem.stats_ring);
+    const Target target = {
+        params.dq,       maps.dq,          branch.queries, tile, part * kWarpgroupRows + warp_row,
+        params.head_dim, params.accumulate};
+    let_go();
+    store_sum<T>(gradient_q, params.scale, smem.dout[query_place.stage], warp_row, target);
+    leave_through(smem.query_ring.empty[query_place.stage]);
   };
 
   while (true) {
     step_place.wait_full(smem.step_ring);
     const Step& step = smem.step[step_place.stage];  // read when needed: registers are scarce
     if (step.tile.rows == 0) break;
-    loaded += step.loads_back;
-    auto first_query_place = query_place;
+    const Step::Kind kind = step.kind;
+    if (kind.loads_back) advance_keys();
+    const auto first_query_place = query_place;
+    back_seen = kind.back ? own_seen : 0;
 #pragma unroll 1
-    for (int own = step.back ? 0 : 1; own < (step.own ? 2 : 1); ++own) {
-      const bool last = own == (step.own ? 1 : 0);
+    for (int own = kind.back ? 0 : 1; own < (kind.own ? 2 : 1); ++own) {
+      const bool last = own == (kind.own ? 1 : 0);
       const auto key_place = key_place_of(own);
       const auto value_place = value_place_of(own);
-      key_place.wait_full(smem.k_ring);
-      if (own || step.loads_back) {
+      if (own || kind.loads_back) {
+        key_place.wait_full(smem.k_ring);
+        (own ? own_seen : back_seen) = smem.band[key_place.stage].seen;
         gradient_k.clear();
         gradient_v.clear();
       }
+      const uint32_t keys_seen = own ? own_seen : back_seen;
+      values_loaded = false;
       query_place = first_query_place;
 #pragma unroll 1
-      for (int part = 0; part < step.parts; ++part) {
-        query_place.wait_full(smem.query_ring);
+      for (int part = 0; part < kind.parts; ++part) {
+        if (!own || !kind.back) query_place.wait_full(smem.query_ring);
         const int queries = (own ? 0 : kParts) + part;  // from the keys' tile on
-        const uint32_t seen = smem.band[key_place.stage].seen >> (4 * number + queries);
+        const uint32_t seen = keys_seen >> (4 * number + queries);
         if (seen & 1) {
           sum_part(key_place.stage, value_place, seen, queries * kWarpgroupRows,
                    slot_of(part, 2 * own + number));
+        } else {
+          let_go();
+          // After the dq before, lest the arrival count for that part.
+          if (own) dscores_place.wait_empty(smem.dscores_ring);
         }
-        if (own) {
-          // After the dq before, lest this arrival count for that part.
-          dscores_place.wait_empty(smem.dscores_ring);
-          dscores_place.arrive_full(smem.dscores_ring);
-        }
+        if (own) dscores_place.arrive_full(smem.dscores_ring);
         if (own && part == number) {
-          sum_queries(step, part);
+          sum_queries(step.tile, part);
         } else if (last) {
           query_place.arrive_empty(smem.query_ring);
         }
         if (own) dscores_place.advance();
         query_place.advance();
       }
-      if (last && step.back) key_place_of(false).arrive_empty(smem.k_ring);
-      if (own && !step.keeps_own) key_place_of(true).arrive_empty(smem.k_ring);
-      if (own && step.keeps_own) continue;
-      value_place.wait_full(smem.v_ring);
-      if (own || !step.loads_back) {
+      if (last && kind.back) key_place_of(false).arrive_empty(smem.k_ring);
+      if (own && !kind.keeps_own) own_key_place.arrive_empty(smem.k_ring);
+      if (own && kind.keeps_own) continue;
+      if (!values_loaded) value_place.wait_full(smem.v_ring);
+      if (own || !kind.loads_back) {
         const QueryTile tile = own ? step.tile : tile_before(step.tile);
-        const auto target = [&](const TensorView& tensor, int head_dim) -> Target {
-          return {tensor,   branch.queries,   tile, number * kWarpgroupRows + warp_row,
-                  head_dim, params.accumulate};
+        const auto target = [&](const TensorView& tensor, const ViewMap& map,
+                                int head_dim) -> Target {
+          return {tensor,
+                  map,
+                  branch.queries,
+                  tile,
+                  number * kWarpgroupRows + warp_row,
+                  head_dim,
+                  params.accumulate};
         };
-        const Target target_k = target(params.dk, params.head_dim);
-        const Target target_v = target(params.dv, params.head_dim_v);
         auto& v_smem = smem.v[value_place.stage];
+        let_go();
         sync();  // no warp's wgmma reads these values any more
-        const Outgoing<T, typename Config::GradientK> dk(gradient_k, params.scale, v_smem,
-                                                         warp_row);
-        const Outgoing<T, typename Config::GradientV> dv(gradient_v, 1.f, v_smem, warp_row);
-        ptx::fence_async_proxy();  // before the stores, for which it would wait
-        value_place.arrive_empty(smem.v_ring);
-        dk.store(target_k);
-        dv.store(target_v);
+        if constexpr (Config::kDkBesideDv) {
+          store_sum<T>(gradient_k, params.scale, smem.dk[number], warp_row,
+                       target(params.dk, maps.dk, params.head_dim));
+        } else {
+          store_sum<T>(gradient_k, params.scale, v_smem, warp_row,
+                       target(params.dk, maps.dk, params.head_dim));
+          __syncwarp();
+          if (threadIdx.x % 32 == 0) ptx::tma_wait_read();
+          __syncwarp();
+        }
+        store_sum<T>(gradient_v, 1.f, v_smem, warp_row,
+                     target(params.dv, maps.dv, params.head_dim_v));
+        leave_through(smem.v_ring.empty[value_place.stage]);
       } else {
         value_place.arrive_empty(smem.v_ring);
       }
     }
-    loaded += step.own;
+    if (kind.own) advance_keys();
     step_place.arrive_empty(smem.step_ring);
     step_place.advance();
   }
+  let_go();
 }
 
 template <class Config>
@@ -507,7 +552,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
     }
   } else {
     ptx::take_registers<Config::kComputeRegisters>();
-    compute<Config>(smem, params, warpgroup - 1);
+    compute<Config>(smem, params, maps, warpgroup - 1);
   }
 }
 

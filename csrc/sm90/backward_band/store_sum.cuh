@@ -6,13 +6,17 @@
 #include "ptx/add_vector.cuh"
 #include "ptx/ldmatrix.cuh"
 #include "ptx/registers.cuh"
+#include "ptx/tma.cuh"
+#include "sm90/backward_band/config.h"
 #include "sm90/multiply.cuh"
+#include "sm90/view_map.h"
 
 namespace sparse_attn::sm90::backward_band {
 
 // Where the sums of 16 rows of a warp go: rows of `tile` from `row` on.
 struct Target {
   const TensorView& tensor;
+  const ViewMap& map;  // of 16 rows
   const SequenceView& view;
   const QueryTile& tile;
   int row;
@@ -20,61 +24,66 @@ struct Target {
   bool adds;  // to what is there, which no other launch or lane adds to now
 };
 
-// A sum on its way, as a lane stores it: 16 bytes of a row at a time.
-template <class T, class Sum>
-struct Outgoing {
-  static constexpr int kVectors = Sum::kColumns / 8;
-  static constexpr int kLanes = kVectors < 8 ? kVectors : 8;  // that share a row
-  static constexpr int kRowsAtOnce = 32 / kLanes;
-  static constexpr int kRowCopies = kVectors / kLanes;  // of a row, one after another
-  static constexpr int kCopies = 16 / kRowsAtOnce * kRowCopies;
-  uint4 vectors[kCopies];
-
-  // The row and the vector of a row that a lane stores.
-  static __device__ __forceinline__ int row(int copy, int lane) {
-    return copy / kRowCopies * kRowsAtOnce + lane / kLanes;
-  }
-  static __device__ __forceinline__ int vector(int copy, int lane) {
-    return copy % kRowCopies * kLanes + lane % kLanes;
-  }
-
-  // factor * sum, by way of a tile in shared memory that nobody reads any more: its rows from
-  // `first_row` on.
-  template <class Tile>
-  __device__ __forceinline__ Outgoing(Sum& sum, float factor, Tile& tile_smem, int first_row) {
-    const int lane = ptx::lane();
-    sum.for_each([&](float& element, int, int) { element *= factor; });
-    const Rounded<T, Sum> rounded(sum);
+// Starts storing 16 rows of a tile in shared memory, from `first_row` on, with the map if it holds
+// them, else row by row: by a warp, whose first lane then waits for the copy.
+template <class T, int kColumns, class Tile>
+__device__ __forceinline__ void store_rows(Tile& tile_smem, int first_row, const Target& target) {
+  const int rows = least(target.tile.rows - target.row, kWarpRows), lane = ptx::lane();
+  if (rows <= 0) return;  // the map has rows of the next group there
+  const QueryTile& tile = target.tile;
+  const int view_row = tile.first_row + target.row;
+  // Additions to a row of several panels are faster when all of it leaves at once.
+  const bool by_map = kColumns == Tile::kPanelColumns || !target.adds;
+  if (by_map && view_row + rows <= target.map.rows) {  // starts on a run's first place
+    if (lane != 0) return;
+    const int run = view_row / target.map.run;
+    const int place = tile.group * target.map.group_step + view_row - run * target.map.run.value;
 #pragma unroll
-    for (int i = 0; i < kVectors / 2; ++i) {  // rows of four matrices of 16 columns
-      ptx::stmatrix_x4(tile_smem.at(first_row + lane % 16, 2 * i + lane / 16), rounded.at[i]);
+    for (int column = 0; column < kColumns; column += Tile::kPanelColumns) {
+      const T* panel_smem = tile_smem.elements +
+                            column / Tile::kPanelColumns * Tile::kPanelElements +
+                            first_row * Tile::kPanelColumns;
+      const CUtensorMap& map = target.map.map;
+      if (target.adds) {
+        ptx::tma_add(map, panel_smem, column, place, run, tile.head, tile.batch);
+      } else {
+        ptx::tma_store(map, panel_smem, column, place, run, tile.head, tile.batch);
+      }
     }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      vectors[i] =
-          *reinterpret_cast<const uint4*>(tile_smem.at(first_row + row(i, lane), vector(i, lane)));
-    }
-    __syncwarp();
-  }
-
-  __device__ __forceinline__ void store(const Target& target) const {
-    T* gmem = head_gmem<T>(target.tensor, target.tile.batch, target.tile.head);
-    const int lane = ptx::lane();
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      const int tile_row = target.row + row(i, lane);
-      const int64_t token =
-          target.view.position(target.tile.group, target.tile.first_row + tile_row);
-      T* vector_gmem = gmem + token * target.tensor.row_stride + vector(i, lane) * 8;
-      const bool exists = tile_row < target.tile.rows && vector(i, lane) * 8 < target.head_dim;
-      if (exists && target.adds) {
-        ptx::add_vector<T>(vector_gmem, vectors[i]);
-      } else if (exists) {
-        *reinterpret_cast<uint4*>(vector_gmem) = vectors[i];
+  } else {
+    T* gmem = head_gmem<T>(target.tensor, tile.batch, tile.head);
+    constexpr int kVectors = kColumns / 8;
+#pragma unroll(kColumns > 64 ? 4 : 1)
+    for (int i = lane; i < kWarpRows * kVectors; i += 32) {
+      const int row = i / kVectors, vector = i % kVectors;
+      if (row >= rows || vector * 8 >= target.head_dim) continue;
+      const int64_t token = target.view.position(tile.group, view_row + row);
+      T* vector_gmem = gmem + token * target.tensor.row_stride + vector * 8;
+      const uint4 sums = *reinterpret_cast<const uint4*>(tile_smem.at(first_row + row, vector));
+      if (target.adds) {
+        ptx::add_vector<T>(vector_gmem, sums);
+      } else {
+        *reinterpret_cast<uint4*>(vector_gmem) = sums;
       }
     }
   }
-};
+}
+
+// Starts storing factor * sum, by way of a tile in shared memory that nobody else reads: its rows
+// from `first_row` on, until the copies of this warp's first lane have read them.
+template <class T, class Sum, class Tile>
+__device__ __forceinline__ void store_sum(Sum& sum, float factor, Tile& tile_smem, int first_row,
+                                          const Target& target) {
+  const int lane = ptx::lane();
+  sum.for_each([&](float& element, int, int) { element *= factor; });
+  const Rounded<T, Sum> rounded(sum);
+#pragma unroll
+  for (int i = 0; i < Sum::kColumns / 16; ++i) {  // rows of four matrices of 16 columns
+    ptx::stmatrix_x4(tile_smem.at(first_row + lane % 16, 2 * i + lane / 16), rounded.at[i]);
+  }
+  ptx::fence_async_proxy();
+  __syncwarp();
+  store_rows<T, Sum::kColumns>(tile_smem, first_row, target);
+}
 
 }  // namespace sparse_attn::sm90::backward_band
