@@ -308,6 +308,25 @@ def test_short_groups(members: oracle.Members, head_dim: int, causal: bool) -> N
     assert_all_close(actual, exact, low)
 
 
+# Scores.
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
+@pytest.mark.parametrize("window", [100, 1000])
+def test_scores_that_rise_with_the_key(window: int, head_dim: int) -> None:
+    """Relative to the maxima of earlier keys, weights would be infinite in fp16."""
+    n = 1600
+    x = random_inputs((1, 2, n, head_dim))
+    x.k.mul_(torch.linspace(0, 8, n, dtype=torch.float16, device="cuda")[:, None])
+    members = (("local", window),)
+    actual = run(x, to_pattern(members, True))
+    masks = [oracle.mask(members, True, n).cuda()] * 2
+    arguments = (x.q, x.k, x.v, masks, None, x.dout, x.dlse)
+    exact = oracle.attention(*arguments)
+    low = oracle.attention(*arguments, rounding=torch.float16)
+    assert_all_close(actual, exact, low)
+
+
 # Blocks.
 
 

@@ -163,6 +163,7 @@ DEFINE_PRODUCT(wgmma, 128, "%64, %65, p, 1, 1, 0, 1")
 
 // sum = a b^T, or sum += a b^T, with 16 columns of a in registers.
 DEFINE_TRANSPOSED_OF_REGISTERS(64, "{%32, %33, %34, %35}, %36, p, 1, 1, 0")
+DEFINE_TRANSPOSED_OF_REGISTERS(128, "{%64, %65, %66, %67}, %68, p, 1, 1, 0")
 
 #undef DEFINE_ADD
 #undef DEFINE_TRANSPOSED_OF_REGISTERS

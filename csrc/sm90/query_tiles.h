@@ -10,7 +10,7 @@ namespace sparse_attn::sm90 {
 // In which order, so that CTAs that stay share the work and what is in the L2 cache.
 enum class Order {
   by_head,    // a head's tiles together: they read the same keys
-  by_length,  // of some heads at a time the longest first: a CTA's tiles then differ least
+  by_length,  // of some groups at a time the longest first: a CTA's tiles then differ least
 };
 
 struct QueryTiles {
@@ -20,29 +20,40 @@ struct QueryTiles {
   int tile_rows;
   int first_head;
   bool later_first;  // without a future, the later queries attend more keys
+  int missing;       // rows of the first tile, if a group has fewer than its tiles
   Order order;
   Divisor groups;
   Divisor tiles;  // of a group
   Divisor heads;
-  Divisor section;  // (batch, head) pairs that go together
+  Divisor section;  // (batch, head, group) that go together
 
+  // `part_rows`: what a warpgroup takes of a tile. If there is nothing to take for some, then in
+  // the first tile of a group, where queries attend few keys, not in the last.
   static QueryTiles of(const Branch& branch, int tile_rows, int first_head, int heads, int batch,
-                       Order order = Order::by_head) {
+                       Order order, int part_rows) {
     const SequenceView& queries = branch.queries;
     const int64_t count = QueryTile::count(queries, tile_rows, heads, batch);
     REQUIRE(count <= 0x7fffffff, "more than 2^31 - 1 tiles in one launch");
     const int tiles = (queries.max_rows + tile_rows - 1) / tile_rows;
-    int section = 16;  // their keys and values fit the L2 cache of an H100 up to some MB each
-    while (heads * int64_t{batch} % section != 0) --section;
+    // The L2 cache of an H100 holds their keys and values: of 16 heads of some MB each, or of
+    // groups that have 65,536 rows in all.
+    int section = greatest(16, least((1 << 16) / greatest(queries.max_rows, 1), 128));
+    while (queries.groups * int64_t{heads} * batch % section != 0) --section;
     return {static_cast<int>(count),
             tile_rows,
             first_head,
             !branch.run.future,
+            branch.run.future ? 0 : (tiles * tile_rows - queries.max_rows) / part_rows * part_rows,
             order,
             Divisor::of(greatest(queries.groups, 1)),
             Divisor::of(greatest(tiles, 1)),
             Divisor::of(greatest(heads, 1)),
             Divisor::of(section)};
+  }
+
+  static QueryTiles of(const Branch& branch, int tile_rows, int first_head, int heads, int batch,
+                       Order order = Order::by_head) {
+    return of(branch, tile_rows, first_head, heads, batch, order, tile_rows);
   }
 
   // The round-th tile of CTA `cta` of `ctas`; not less than `count`: none. With few rounds every
@@ -53,21 +64,22 @@ struct QueryTiles {
   }
 
   HOST_DEVICE QueryTile at(int index, const SequenceView& queries) const {
-    int pair = 0;
-    if (order == Order::by_length) {
-      pair = index % section;
-      index = index / section;
-    }
     QueryTile tile;
-    tile.group = index % groups;
-    index = index / groups;
-    const int number = index % tiles;
-    index = index / tiles;
-    pair += order == Order::by_length ? index * section.value : index;
-    tile.first_row = (later_first ? tiles.value - 1 - number : number) * tile_rows;
+    int unit, number;
+    if (order == Order::by_length) {
+      number = index / section % tiles;
+      unit = index / section / tiles * section.value + index % section;
+    } else {
+      number = index / groups % tiles;
+      unit = index / groups / tiles * groups.value + index % groups;
+    }
+    tile.group = unit % groups;
+    const int pair = unit / groups;
+    const int end_row = (later_first ? tiles.value - number : number + 1) * tile_rows - missing;
+    tile.first_row = greatest(end_row - tile_rows, 0);
     tile.head = first_head + pair % heads;
     tile.batch = pair / heads;
-    tile.rows = greatest(least(queries.rows(tile.group) - tile.first_row, tile_rows), 0);
+    tile.rows = greatest(least(queries.rows(tile.group), end_row) - tile.first_row, 0);
     return tile;
   }
 };

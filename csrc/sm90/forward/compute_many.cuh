@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cfloat>
+#include <type_traits>
 
 #include "attention/mask.cuh"
 #include "attention/softmax.cuh"
@@ -14,27 +15,39 @@
 
 namespace sparse_attn::sm90::forward {
 
-// The softmax of 16 queries of a warp, in units of log 2. Maxima lag: they are left alone until one
-// of a lane passes its limit, as weights up to 2^8 are as exact in 16 bits. Only then do lanes
-// exchange theirs.
+// The softmax of 16 queries of a warp, in units of log 2. Maxima lag: weights are found with those
+// of the tiles before, without a look at the scores. Only if they come out too large for 16 bits
+// are the maxima raised, and the weights found again.
 struct LaggingSoftmax {
-  static constexpr float kLag = 7.f;
-  float limit[2];    // kLag above the maxima; finite: the weights of a query without keys are 0
-  float row_sum[2];  // of this lane's columns
+  // Weights are relative to less than the maximum: more of them are normal numbers in fp16.
+  static constexpr float kAbove = 7.f;
+  static constexpr float kMostSum = 32768.f;  // of a lane's weights: each is finite in fp16
+  float row_max[2];                           // finite: the weights of a query without keys are 0
+  float row_sum[2];                           // of this lane's columns
 
   __device__ __forceinline__ void begin() {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) limit[i] = -FLT_MAX, row_sum[i] = 0.f;
+    for (int i = 0; i < 2; ++i) row_max[i] = -FLT_MAX, row_sum[i] = 0.f;
   }
 
-  // What weights are relative to: the maximum, but for rounding. A sum of its own for each tile, so
-  // that ptxas gives those of two rows an odd and an even register (README.md).
-  __device__ __forceinline__ float row_max(int row) const { return limit[row] - kLag; }
+  // What weights are relative to. A sum of its own for each tile, so that ptxas gives those of two
+  // rows an odd and an even register (README.md).
+  __device__ __forceinline__ float reference(int row) const { return row_max[row] - kAbove; }
 
-  // Whether some score of the warp passes its limit. lane_max: of this lane's columns.
-  template <class Scores>
-  __device__ __forceinline__ bool passes_limit(Scores& scores, float scale_log2,
-                                               float (&lane_max)[2]) const {
+  // Raises the maxima to these of all lanes; by what earlier sums shrink.
+  __device__ __forceinline__ void raise(const float (&lane_max)[2], float (&shrink)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float old_reference = reference(i);
+      row_max[i] = fmaxf(row_max[i], quad_max(lane_max[i]));
+      shrink[i] = ptx::exp2(old_reference - reference(i));
+      row_sum[i] *= shrink[i];
+    }
+  }
+
+  // Raises them to those of scores.
+  template <class Scores, class Output>
+  __device__ __forceinline__ void raise(Scores& scores, float scale_log2, Output& out) {
     float even[2], odd[2];  // two chains of comparisons a row
 #pragma unroll
     for (int i = 0; i < 2; ++i) even[i] = odd[i] = minus_infinity();
@@ -42,34 +55,40 @@ struct LaggingSoftmax {
       float& max = column % 2 == 0 ? even[row] : odd[row];
       max = fmaxf(max, score);
     });
-    bool passes = false;
+    float lane_max[2], shrink[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      lane_max[i] = fmaxf(even[i], odd[i]) * scale_log2;
-      passes |= lane_max[i] > limit[i];
-    }
-    return __any_sync(0xffffffff, passes);
+    for (int i = 0; i < 2; ++i) lane_max[i] = fmaxf(even[i], odd[i]) * scale_log2;
+    raise(lane_max, shrink);
+    out.for_each([&](float& element, int row, int) { element *= shrink[row]; });
   }
 
-  // Raises the maxima to these of all lanes; by what earlier sums shrink.
-  __device__ __forceinline__ void raise(const float (&lane_max)[2], float (&shrink)[2]) {
+  // The weights of blocks [kFirst, kEnd) of 16 columns, added to `sum`.
+  template <int kFirst, int kEnd, class T, class Weighed, class Scores>
+  __device__ __forceinline__ void weigh(Rounded<T, Weighed>& weights, const Scores& scores,
+                                        float scale_log2, float (&sum)[2]) const {
+    const float max[2] = {reference(0), reference(1)};
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float old_max = row_max(i);
-      limit[i] = fmaxf(limit[i], quad_max(lane_max[i]) + kLag);
-      shrink[i] = ptx::exp2(old_max - row_max(i));
-      row_sum[i] *= shrink[i];
+    for (int i = 2 * kFirst; i < 2 * kEnd; ++i) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        const float (&columns)[4] = scores.at[0][i];
+        const float low = ptx::exp2(fmaf(columns[2 * row], scale_log2, -max[row]));
+        const float high = ptx::exp2(fmaf(columns[2 * row + 1], scale_log2, -max[row]));
+        sum[row] += low;
+        sum[row] += high;
+        weights.at[i / 2][i % 2 * 2 + row] = ptx::pack<T>(low, high);
+      }
     }
   }
 
-  // Turns scores into weights.
-  template <class Scores>
-  __device__ __forceinline__ void weigh(Scores& scores, float scale_log2) {
-    const float max[2] = {row_max(0), row_max(1)};
-    scores.for_each([&](float& score, int row, int) {
-      score = ptx::exp2(score * scale_log2 - max[row]);
-      row_sum[row] += score;
-    });
+  // Whether some weights of the warp are too large, by their sums.
+  static __device__ __forceinline__ bool too_large(const float (&sum)[2]) {
+    return __any_sync(0xffffffff, fmaxf(sum[0], sum[1]) > kMostSum);
+  }
+
+  __device__ __forceinline__ void add(const float (&sum)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) row_sum[i] += sum[i];
   }
 
   // Adds keys that others have summed up to an output, of this lse.
@@ -84,7 +103,7 @@ struct LaggingSoftmax {
     raise(earlier_max, shrink);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      weight[i] = ptx::exp2(earlier_max[i] - row_max(i));
+      weight[i] = ptx::exp2(earlier_max[i] - reference(i));
       if (threadIdx.x % 4 == 0) row_sum[i] += weight[i];
     }
     out.for_each([&](float& element, int row, int) { element *= shrink[row]; });
@@ -94,7 +113,7 @@ struct LaggingSoftmax {
 
   __device__ __forceinline__ void finish(float* lse_smem, float (&share)[2]) const {
     finish_softmax(
-        row_sum, [&](int row) { return row == 0 ? row_max(0) : row_max(1); }, lse_smem, share);
+        row_sum, [&](int row) { return row == 0 ? reference(0) : reference(1); }, lse_smem, share);
   }
 };
 
@@ -146,10 +165,18 @@ __device__ __forceinline__ void compute_many(SharedMemory& smem, const ForwardPa
       key_place.arrive_empty(smem.v_ring);
       key_place.advance();
     };
+    using QueryRows = WarpRows<T, typename Config::QueryPart>;
+    Rounded<T, RegisterTile<16, Config::kHoldsQueries ? Config::kHeadDim : 16>> queries_held;
+    if constexpr (Config::kHoldsQueries) QueryRows(part_smem.q, warp_row).read(queries_held);
+
     const auto start_scores = [&] {
       ptx::fence_async_proxy_if(some_copied);  // between cp.async and wgmma
       ptx::wgmma_fence();
-      start_multiply_transposed<T>(scores, part_smem.q, smem.k[key_place.stage]);
+      if constexpr (Config::kHoldsQueries) {
+        start_multiply_transposed<T>(scores, queries_held, smem.k[key_place.stage]);
+      } else {
+        start_multiply_transposed<T>(scores, part_smem.q, smem.k[key_place.stage]);
+      }
     };
     const auto start_sums = [&] {
       ptx::fence_async_proxy_if(some_copied);
@@ -159,10 +186,12 @@ __device__ __forceinline__ void compute_many(SharedMemory& smem, const ForwardPa
     const auto end_sums = [&] {
       ptx::wgmma_wait<0>();
       ptx::pin(out);
+      keep(weights);
       weighed_place.arrive_empty(smem.v_ring);
     };
-    // From scores to weights. `end`: ends the sums that need the weights before these.
-    const auto weigh = [&](auto end) {
+    // From scores to weights. But for the first, ends the sums that need the weights before these.
+    const auto weigh = [&](auto first) {
+      constexpr bool kFirst = decltype(first)::value;
       ptx::pin(scores);
       float scale_log2 = params.scale * kLog2E;
       if (scale_log2 <= 0.f) {  // the greatest score has not the greatest product
@@ -173,17 +202,30 @@ __device__ __forceinline__ void compute_many(SharedMemory& smem, const ForwardPa
                   minus_infinity());
       more = tile.more();
       key_place.arrive_empty(smem.k_ring);
-      float lane_max[2], shrink[2];
-      const bool passes = softmax.passes_limit(scores, scale_log2, lane_max);
+      constexpr int kBlocks = Config::kTileKeys / 16;
+      constexpr int kEarly = kFirst ? 0 : Config::kEarlyBlocks;
+      float sum[2] = {0.f, 0.f};
+      Rounded<T, RegisterTile<16, 16 * (kEarly > 0 ? kEarly : 1)>> early;
+      if constexpr (kEarly > 0) {
+        softmax.template weigh<0, kEarly>(early, scores, scale_log2, sum);
+        keep(early);
+      }
       // Here, not before the sums that need it: ptxas moves no later wait for wgmma above a loop.
       key_place.wait_full(smem.v_ring);
-      end();
-      if (passes) {
-        softmax.raise(lane_max, shrink);
-        out.for_each([&](float& element, int row, int) { element *= shrink[row]; });
+      if (kFirst) {
+        softmax.raise(scores, scale_log2, out);
+      } else {
+        end_sums();
       }
-      softmax.weigh(scores, scale_log2);
-      weights.round(scores);
+#pragma unroll
+      for (int i = 0; i < 4 * kEarly; ++i) weights.at[i / 4][i % 4] = early.at[i / 4][i % 4];
+      softmax.template weigh<kEarly, kBlocks>(weights, scores, scale_log2, sum);
+      if (!kFirst && softmax.too_large(sum)) {
+        softmax.raise(scores, scale_log2, out);
+        sum[0] = sum[1] = 0.f;
+        softmax.template weigh<0, kBlocks>(weights, scores, scale_log2, sum);
+      }
+      softmax.add(sum);
       weighed_place = key_place;
       key_place.advance();
     };
@@ -197,14 +239,14 @@ __device__ __forceinline__ void compute_many(SharedMemory& smem, const ForwardPa
       if (!found) find_between(attended_smem, first_row, branch, part);
       found = true;
       ptx::wgmma_wait<0>();
-      weigh([] {});
+      weigh(std::true_type{});
       // A tile that is passed over ends this: with values in hand there may be no stage to load the
       // next ones into.
       while (more && attends_tile()) {
         start_scores();
         start_sums();
         ptx::wgmma_wait<1>();
-        weigh(end_sums);
+        weigh(std::false_type{});
       }
       start_sums();
       end_sums();

@@ -53,15 +53,25 @@ struct Config {
   static constexpr int kQueryStages = kWide ? 1 : 2;
   static constexpr int kTakenStages = kQueryStages + kAhead;
   static constexpr bool kMerges = !kWide;  // else there is no room for what earlier branches left
-  // Of that, for as many parts of the queries at a time; or for one.
-  static constexpr int kEarlierTiles = !kMany && kBranches > 1 ? kConsumers : 1;
+  // Of that, for as many parts of the queries at a time; or, for want of room, for one.
+  static constexpr int kEarlierTiles = (kMany ? kSmall : kBranches > 1) ? kConsumers : 1;
   static constexpr int kCtas = kMany || !kSmall ? 1 : 2;  // on a multiprocessor
-  // Two warpgroups that have a multiprocessor to themselves compute the halves of a tile in turns:
-  // one half may attend more keys.
-  static constexpr bool kTurns = kConsumers == 2 && kCtas == 1 && kQueryStages == 2;
+  // Warpgroups that have a multiprocessor to themselves compute the parts of every other tile in
+  // reverse: the later parts may attend more keys.
+  static constexpr bool kTurns = kCtas == 1 && kQueryStages == 2;
+  // Where registers leave room: queries stay in them, for fewer bytes from shared memory; and so
+  // many blocks of 16 keys get their weights while the sums that need those before still run.
+  static constexpr bool kHoldsQueries = kMany && !kSmall && !kWide;
+  static constexpr int kEarlyBlocks = kHoldsQueries ? 3 : 0;
   // Of a lane that loads and of one that computes.
-  static constexpr int kLoadRegisters = kConsumers == 3 ? 32 : kCtas == 2 ? 48 : 56;
-  static constexpr int kComputeRegisters = kConsumers == 3 ? 160 : kCtas == 2 ? 96 : 224;
+  static constexpr int kLoadRegisters = kConsumers == 3  ? 32
+                                        : kCtas == 2     ? 48
+                                        : kMany && kWide ? 40
+                                                         : 56;
+  static constexpr int kComputeRegisters = kConsumers == 3  ? 160
+                                           : kCtas == 2     ? 96
+                                           : kMany && kWide ? 232
+                                                            : 224;
   // What a CTA starts with is all there is to share.
   static constexpr int kRegisters = 65536 / (kCtas * kThreads) / 8 * 8;
   static_assert(kLoadRegisters + kConsumers * kComputeRegisters <= (1 + kConsumers) * kRegisters);

@@ -43,7 +43,8 @@ void launch_one(const ForwardParams& params) {
       forward_kernel<Config, QueryTiles>, params,
       QueryTiles::of(
           branch, Config::kTileQueries, params.first_head, params.head_count, params.batch,
-          Config::kMany || branch.blocks.rows != nullptr ? Order::by_length : Order::by_head),
+          Config::kMany || branch.blocks.rows != nullptr ? Order::by_length : Order::by_head,
+          Config::kMany ? kWarpgroupRows : Config::kTileQueries),
       ForwardMaps<1>{{maps_of<Config>(params, branch)}});
 }
 

@@ -12,7 +12,7 @@ constexpr int kComputeBarrier = 1;  // and on; 0 is __syncthreads
 // Which 64 queries of a tile a warpgroup computes.
 template <class Config>
 __device__ __forceinline__ int part_number(int warpgroup, int stage) {
-  return Config::kTurns ? warpgroup ^ stage : warpgroup;
+  return Config::kTurns && stage == 1 ? Config::kConsumers - 1 - warpgroup : warpgroup;
 }
 
 // What was taken and has its queries at a stage.

@@ -37,6 +37,12 @@ struct WarpRows {
     }
   }
 
+  // As the left operand of a product.
+  __device__ __forceinline__ void read(Rounded<T, RegisterTile<16, Tile::kColumns>>& rows) const {
+#pragma unroll
+    for (int i = 0; i < Tile::kColumns / 16; ++i) ptx::ldmatrix_x4(rows.at[i], at(i));
+  }
+
   // share * sum, rounded.
   template <class Sum>
   __device__ __forceinline__ void write(Sum& sum, const float (&share)[2]) const {
