@@ -17,8 +17,8 @@ __device__ __forceinline__ uint64_t operand(const Tile& tile_smem, int first_row
   return ptx::moved(whole, first_row * Tile::kPanelColumns * 2);
 }
 
-// Starts product = a b^T, for the rows of b from `first_row` on.
-template <class T, class Product, class TileA, class TileB>
+// Starts product = a b^T, or product += a b^T, for the rows of b from `first_row` on.
+template <class T, bool kAdd = false, class Product, class TileA, class TileB>
 __device__ __forceinline__ void start_multiply_transposed(Product& product, const TileA& a_smem,
                                                           const TileB& b_smem, int first_row = 0) {
   static_assert(TileA::kRows == 64 && TileB::kRows % Product::kColumns == 0);
@@ -32,7 +32,7 @@ __device__ __forceinline__ void start_multiply_transposed(Product& product, cons
     };
     const uint64_t a_operand = ptx::moved(a, bytes(TileA::kPanelElements));
     const uint64_t b_operand = ptx::moved(b, bytes(TileB::kPanelElements));
-    if (column == 0) {
+    if (column == 0 && !kAdd) {
       ptx::wgmma_transposed<T, false>(product, a_operand, b_operand);
     } else {
       ptx::wgmma_transposed<T, true>(product, a_operand, b_operand);
@@ -72,8 +72,8 @@ __device__ __forceinline__ void keep(Rounded<T, Tile>& rounded) {
   }
 }
 
-// Starts product = a b^T, with rows of a in registers.
-template <class T, class Product, class TileA, class TileB>
+// Likewise, with rows of a in registers.
+template <class T, bool kAdd = false, class Product, class TileA, class TileB>
 __device__ __forceinline__ void start_multiply_transposed(Product& product,
                                                           const Rounded<T, TileA>& a,
                                                           const TileB& b_smem) {
@@ -84,7 +84,7 @@ __device__ __forceinline__ void start_multiply_transposed(Product& product,
   for (int i = 0; i < TileA::kColumns / 16; ++i) {
     const int elements = 16 * i / 64 * TileB::kPanelElements + 16 * i % 64;
     const uint64_t b_operand = ptx::moved(b, elements * int{sizeof(T)});
-    if (i == 0) {
+    if (i == 0 && !kAdd) {
       ptx::wgmma_transposed<T, false>(product, a.at[i], b_operand);
     } else {
       ptx::wgmma_transposed<T, true>(product, a.at[i], b_operand);

@@ -27,10 +27,11 @@ struct Workspace {
   float4* slots;
 };
 
-// Of queries, what RowStats holds: a lane reads neighbouring ones of a kind together.
+// What accumulators start from, for each pair of queries as a lane holds it, twice: -lse over the
+// scale, and -delta.
 struct alignas(16) Stats {
-  float lse_log2[kTileQueries];
-  float delta[kTileQueries];
+  float4 score[kTileQueries / 2];
+  float4 dscore[kTileQueries / 2];
 };
 
 // A tile of keys.
@@ -44,11 +45,18 @@ struct OwnTile {
 
 // A tile of queries as the warp that loads leaves it to the others.
 struct StreamedTile {
-  KeyTile seen[2];  // by the keys of each warpgroup
-  bool copied;      // by ordinary copies, else by the tensor memory accelerator
-  bool first;       // no keys before add to its dq
-  bool complete;    // nor after; with blocks others find both
-  bool last;        // of its keys
+  // As the keys of each warpgroup see it: one read.
+  enum Mark {
+    kCutBefore = 1,  // some key is not attended by its first rows
+    kCutAfter = 2,   // by its last ones, or it is not whole
+    kLeftOut = 4,    // no key is attended: blocks
+    kCopied = 8,     // by ordinary copies, else by the tensor memory accelerator
+    kLast = 16,      // of its keys
+  };
+  int marks[2];
+  bool first;     // no keys before add to its dq
+  bool complete;  // nor after; with blocks others find both
+  bool last;      // of its keys
   int key_tile;
   int unit;
   int number;  // of all query tiles of the launch; negative: the end
@@ -75,22 +83,26 @@ struct Config {
   static constexpr int kCtas = 1;  // on a multiprocessor
   static constexpr bool kSmall = kHeadDim + kHeadDimV <= 128;
   static constexpr bool kLarge = kHeadDim + kHeadDimV > 192;
-  static constexpr int kStages = kSmall ? 4 : 3;        // tiles of queries
-  static constexpr int kKeyStages = kLarge ? 1 : 2;     // tiles of keys
-  static constexpr int kSharedStages = kLarge ? 1 : 2;  // of dscores
+  static constexpr int kStages = kSmall ? 5 : 3;                     // tiles of queries
+  static constexpr int kKeyStages = kLarge ? 1 : 2;                  // tiles of keys
+  static constexpr int kSharedStages = kLarge ? 1 : kSmall ? 3 : 2;  // of dscores
   static constexpr int kJobs = 16;  // the queries next to the keys are complete all at once
-  static constexpr int kDqColumns = kHeadDim / kConsumers;  // that a warpgroup sums
-  // Where there are registers for it: all of the next tile runs beside the sums of a tile, not its
-  // scores alone; own keys and values are left operands in registers.
+  static constexpr int kDqColumns = kHeadDim / 2;  // that lie together in a slot
+  // Where there are registers for it: scores and their gradients are found together, beside the
+  // sums of the tile before; own keys and values are left operands in registers.
   static constexpr bool kWide = kSmall;
   static constexpr bool kOwnInRegisters = kSmall;
+  // Each warpgroup sums dq of every second query tile, not half of its columns.
+  static constexpr bool kTakesTurns = kSmall;
   // Where registers are scarce: dv is summed before the next scores are started, and the left
   // operand of the sum of dk is in shared memory.
   static constexpr bool kOverlapsDv = !kLarge;
   static constexpr bool kDscoresInRegisters = !kLarge;
+  // One, or one of each warpgroup where who sums dk waits for its own dscores alone.
+  static constexpr int kSharedRings = kDscoresInRegisters ? 1 : kConsumers;
   // Of a lane that loads and of one that computes.
-  static constexpr int kLoadRegisters = 40;
-  static constexpr int kComputeRegisters = 232;
+  static constexpr int kLoadRegisters = 56;
+  static constexpr int kComputeRegisters = 224;
   // What a CTA starts with is all there is to share.
   static constexpr int kRegisters = 65536 / (kCtas * kThreads) / 8 * 8;
   static_assert(kLoadRegisters + kConsumers * kComputeRegisters <= (1 + kConsumers) * kRegisters);
@@ -98,7 +110,7 @@ struct Config {
   using Scores = RegisterTile<16, kTileQueries>;  // of a warp
   using Dk = RegisterTile<16, kHeadDim>;
   using Dv = RegisterTile<16, kHeadDimV>;
-  using Dq = RegisterTile<16, kDqColumns>;
+  using Dq = RegisterTile<16, kTakesTurns ? kHeadDim : kDqColumns>;
 
   using Rows = SharedTile<T, kWarpgroupRows, kHeadDim>;
   using RowsV = SharedTile<T, kWarpgroupRows, kHeadDimV>;
@@ -117,9 +129,10 @@ struct Config {
     SharedTile<T, kWarpgroupRows, kTileQueries> dscores[kSharedStages][kConsumers];
     // Half of the columns of dq, as the slots are: of the rows of each warp, 8 columns at a time; a
     // lane's part. And what the branches before have left.
-    alignas(128) float sum[4][Dq::kColumnTiles][32][4];
+    alignas(128) float sum[4][kDqColumns / 8][32][4];
     uint4 earlier[kTileQueries][kDqColumns / 8];
     Stats stats[kStages];
+    alignas(16) RowStats fetched[kTileQueries];  // of the next queries
     StreamedTile tile[kStages];
     OwnTile own[kKeyStages + 1];
     // Queries, by key; and of the keys beside these.
@@ -128,9 +141,9 @@ struct Config {
     RingBarriers<kJobs> job_ring;
     RingBarriers<kKeyStages> key_ring;
     RingBarriers<kStages> ring;
-    RingBarriers<kSharedStages> shared_ring[kConsumers];  // of dscores
-    uint64_t turn[kStages];                               // the slot of the tile is ours
-    uint64_t added[kStages];                              // dq is added to it
+    RingBarriers<kSharedStages> shared_ring[kSharedRings];  // of dscores
+    uint64_t turn[kStages];                                 // the slot of the tile is ours
+    uint64_t added[kStages];                                // dq is added to it
     uint64_t sum_full;
   };
   static_assert(sizeof(SharedMemory) <= 227 * 1024, "what a CTA may have");

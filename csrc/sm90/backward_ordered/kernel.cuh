@@ -80,17 +80,36 @@ __device__ __forceinline__ int query_tile_before(const Blocks& blocks, const Own
   return -1;
 }
 
-// Starts copying the statistics of `rows` queries of a view, by a warp; zeros where there is no
-// row.
-__device__ __forceinline__ void load_stats(Stats& stats_smem, const RowStats* stats_gmem,
-                                           const SequenceView& view, int group, int first_row,
-                                           int rows) {
+// What scores are multiplied with, over which their lse is summed: no smaller number than fp32 can
+// divide by.
+__device__ __forceinline__ float scale_log2_of(const BackwardParams& params) {
+  return fabsf(params.scale) < 1e-30f ? 1e-30f : params.scale * kLog2E;
+}
+
+// Starts copying the statistics of `rows` queries of a view, two by each lane of a warp; zeros
+// where there is no row.
+__device__ __forceinline__ void fetch_stats(RowStats (&stats_smem)[kTileQueries],
+                                            const RowStats* stats_gmem, const SequenceView& view,
+                                            int group, int first_row, int rows) {
 #pragma unroll 1
-  for (int row = threadIdx.x % 32; row < kTileQueries; row += 32) {
+  for (int row = 2 * ptx::lane(); row < 2 * ptx::lane() + 2; ++row) {
     const RowStats* row_gmem = stats_gmem + view.position(group, first_row + row);
-    ptx::cp_async_4(&stats_smem.lse_log2[row], &row_gmem->lse_log2, row < rows);
-    ptx::cp_async_4(&stats_smem.delta[row], &row_gmem->delta, row < rows);
+    ptx::cp_async_4(&stats_smem[row].lse_log2, &row_gmem->lse_log2, row < rows);
+    ptx::cp_async_4(&stats_smem[row].delta, &row_gmem->delta, row < rows);
   }
+  ptx::cp_async_commit();
+}
+
+// What accumulators start from, when each lane has fetched its two queries.
+__device__ __forceinline__ void prepare_stats(Stats& stats_smem,
+                                              const RowStats (&fetched)[kTileQueries],
+                                              float unscale_log2) {
+  ptx::cp_async_wait<0>();
+  const int pair = ptx::lane();
+  const float4 own = *reinterpret_cast<const float4*>(&fetched[2 * pair]);
+  const float2 score = {own.x * -unscale_log2, own.z * -unscale_log2};
+  stats_smem.score[pair] = {score.x, score.y, score.x, score.y};
+  stats_smem.dscore[pair] = {-own.y, -own.w, -own.y, -own.w};
 }
 
 // The warp that loads.
@@ -104,6 +123,7 @@ __device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& p
   const Segment& segment = branch.segments[0];
   const SequenceView& view = segment.keys;  // of queries
   const int lane = threadIdx.x;
+  const float unscale_log2 = 1 / scale_log2_of(params);
   // One more than keys: who computes reads these of an item until it lets go of its keys.
   Place<Config::kKeyStages + 1> own_place;
   Place<Config::kKeyStages> key_place;
@@ -192,51 +212,61 @@ __device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& p
     ptx::mbarrier_arrive(full);  // what was not copied
     key_place.advance();
 
+    // In registers: reading shared memory takes long beside products.
+    const QueryTile keys = own.keys;
+    const int unit = own.unit, query_rows = own.query_rows;
+    const Rows<T> q_rows(maps.q, view, params.q, params.head_dim, keys.batch, keys.head);
+    const Rows<T> dout_rows(maps.dout, view, params.dout, params.head_dim_v, keys.batch, keys.head);
+    const int before_end = attended_smem[0].end, after_first = attended_smem[kTileKeys + 1].first;
     // How a warpgroup sees the tiles: lane `number` tells.
     const int part = lane % Config::kConsumers;
     const Interval* part_smem = attended_smem + 1 + part * kWarpgroupRows;
+    const int last_first = part_smem[kWarpgroupRows - 1].first, first_end = part_smem[0].end;
+    const RowStats* stats_gmem =
+        params.stats + (static_cast<int64_t>(keys.batch) * params.heads + keys.head) * params.seq_q;
+    const auto fetch = [&](int number) {
+      const int first_row = number * kTileQueries;
+      fetch_stats(smem.fetched, stats_gmem, view, keys.group, first_row, query_rows - first_row);
+    };
+    if (number >= 0) fetch(number);
 #pragma unroll 1
     while (number >= 0) {
-      const int next = query_tile_before(branch.blocks, own, number);
       const int first_row = number * kTileQueries, after = first_row + kTileQueries;
-      const int end_row = least(after, own.query_rows);
+      const int end_row = least(after, query_rows);
       place.wait_empty(smem.ring);
+      uint64_t& tile_full = smem.ring.full[place.stage];
+      q_rows.template load<32>(smem.q[place.stage], tile_full, keys.group, first_row, end_row);
+      dout_rows.template load<32>(smem.dout[place.stage], tile_full, keys.group, first_row,
+                                  end_row);
+      const int next = query_tile_before(branch.blocks, own, number);
       StreamedTile& tile_smem = smem.tile[place.stage];
       if (lane < Config::kConsumers) {
-        const bool exists =
-            branch.blocks.rows == nullptr || keeps(branch.blocks, own.keys, part, number);
-        const bool cut_before = first_row < part_smem[kWarpgroupRows - 1].first;
-        const bool cut_after = own.keys.rows < kTileKeys || after > part_smem[0].end;
-        tile_smem.seen[part] = {own.keys.head, 0,          first_row, end_row,
-                                exists,        cut_before, cut_after, false};
+        const bool left_out =
+            branch.blocks.rows != nullptr && !keeps(branch.blocks, keys, part, number);
+        const bool cut_before = first_row < last_first;
+        const bool cut_after = keys.rows < kTileKeys || after > first_end;
+        const bool copied =
+            !maps.q.holds(first_row, end_row) || !maps.dout.holds(first_row, end_row);
+        tile_smem.marks[part] =
+            (cut_before ? StreamedTile::kCutBefore : 0) |
+            (cut_after ? StreamedTile::kCutAfter : 0) | (left_out ? StreamedTile::kLeftOut : 0) |
+            (copied ? StreamedTile::kCopied : 0) | (next < 0 ? StreamedTile::kLast : 0);
       }
       if (lane == 0) {
-        tile_smem.copied =
-            !maps.q.holds(first_row, end_row) || !maps.dout.holds(first_row, end_row);
-        tile_smem.first = attended_smem[0].end <= first_row;
-        tile_smem.complete = attended_smem[kTileKeys + 1].first >= after;
+        tile_smem.first = before_end <= first_row;
+        tile_smem.complete = after_first >= after;
         tile_smem.last = next < 0;
-        tile_smem.key_tile = own.keys.first_row / kTileKeys;
-        tile_smem.unit = own.unit;
-        tile_smem.number = own.unit * plan.query_tiles.value + number;
-        tile_smem.slot = plan.slot_of(own.unit, number);
-        tile_smem.queries = {own.keys.batch, own.keys.head, own.keys.group, first_row,
-                             end_row - first_row};
+        tile_smem.key_tile = keys.first_row / kTileKeys;
+        tile_smem.unit = unit;
+        tile_smem.number = unit * plan.query_tiles.value + number;
+        tile_smem.slot = plan.slot_of(unit, number);
+        tile_smem.queries = {keys.batch, keys.head, keys.group, first_row, end_row - first_row};
       }
-      uint64_t& tile_full = smem.ring.full[place.stage];
-      const auto load_queries = [&](auto& rows_smem, const ViewMap& map, const TensorView& tensor,
-                                    int head_dim) {
-        const Rows<T> rows(map, view, tensor, head_dim, own.keys.batch, own.keys.head);
-        rows.template load<32>(rows_smem, tile_full, own.keys.group, first_row, end_row);
-      };
-      load_queries(smem.q[place.stage], maps.q, params.q, params.head_dim);
-      load_queries(smem.dout[place.stage], maps.dout, params.dout, params.head_dim_v);
-      const int64_t head = static_cast<int64_t>(own.keys.batch) * params.heads + own.keys.head;
-      load_stats(smem.stats[place.stage], params.stats + head * params.seq_q, view, own.keys.group,
-                 first_row, end_row - first_row);
+      prepare_stats(smem.stats[place.stage], smem.fetched, unscale_log2);
       ptx::cp_async_arrive(tile_full);
       __syncwarp();
       if (lane == 0) ptx::mbarrier_arrive(tile_full);  // what was not copied
+      if (next >= 0) fetch(next);
       place.advance();
       number = next;
     }
@@ -268,16 +298,21 @@ __device__ __forceinline__ void load_operand(Rounded<T, RegisterTile<16, kColumn
   }
 }
 
-// The slot in which dq of a query tile is summed, over scale: of each warp that computes, its 16
-// rows and some columns, a lane's part of 16 x 8 accumulators together.
+// The slot in which dq of a query tile is summed, over scale: of each half of the columns and of
+// each of four warps its 16 rows, a lane's part of 16 x 8 accumulators together.
 template <class Config>
 struct DqSlot {
-  using Dq = typename Config::Dq;
-  static constexpr int kWarps = 4 * Config::kConsumers;
-  static constexpr int kWarpVectors = Dq::kColumnTiles * 32;
+  static constexpr int kColumnTiles = Config::kDqColumns / 8;
+  static constexpr int kWarps = 2 * 4;
+  static constexpr int kWarpVectors = kColumnTiles * 32;
 
   static __device__ __forceinline__ float4* of(const Workspace& workspace, int slot, int warp) {
     return workspace.slots + (static_cast<int64_t>(slot) * kWarps + warp) * kWarpVectors;
+  }
+
+  // From the first accumulators of a warp to the i-th, across both halves.
+  static __device__ __forceinline__ constexpr int vector(int i) {
+    return i / kColumnTiles * 4 * kWarpVectors + i % kColumnTiles * 32;
   }
 };
 
@@ -438,7 +473,7 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
   using Dq = typename Config::Dq;
   constexpr int kComputing = 128 * Config::kConsumers;
   const Branch& branch = params.branch;
-  const float scale_log2 = params.scale * kLog2E;
+  const float scale_log2 = scale_log2_of(params);
   const int warp_row = threadIdx.x / 32 % 4 * 16;  // of the part
   Place<Config::kKeyStages + 1> own_place;
   Place<Config::kKeyStages> key_place;
@@ -459,6 +494,8 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
     typename Config::Dv dv;
     dk.clear();
     dv.clear();
+    ptx::pin(dk);
+    ptx::pin(dv);
     Scores weights, dscores;
     Rounded<T, Scores> rounded_weights, rounded_dscores;
     Rounded<T, RegisterTile<16, Config::kOwnInRegisters ? Config::kHeadDim : 16>> own_k;
@@ -468,51 +505,67 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
       load_operand(own_v, part_smem.v, warp_row);
     }
     ptx::fence_async_proxy();  // between cp.async and wgmma
-    const auto tile = [&]() -> const KeyTile& { return smem.tile[place.stage].seen[number]; };
-    const auto start_scores = [&] {
+    int marks;                 // of the tile at `place`
+    const auto await_queries = [&] {
       place.wait_full(smem.ring);
-      if constexpr (!Config::kOverlapsDv) {
-        ptx::wgmma_wait<0>();
-        keep(rounded_weights);
-      }
-      ptx::fence_async_proxy_if(smem.tile[place.stage].copied);
+      marks = smem.tile[place.stage].marks[number];
+    };
+    const auto fence_queries = [&] {  // late: the marks take a while
+      ptx::fence_async_proxy_if(marks & StreamedTile::kCopied);
       ptx::wgmma_fence();
+    };
+    const auto is_last = [&] { return __any_sync(0xffffffff, marks & StreamedTile::kLast); };
+    // Products add to the statistics.
+    const auto begin = [](Scores& product, const float4* stats_smem) {
+#pragma unroll
+      for (int j = 0; j < Scores::kColumnTiles; ++j) {
+        const float4 four = stats_smem[4 * j + threadIdx.x % 4];
+        float (&own)[4] = product.at[0][j];
+        own[0] = four.x, own[1] = four.y, own[2] = four.z, own[3] = four.w;
+      }
+      ptx::pin(product);
+    };
+    const auto begin_scores = [&] { begin(weights, smem.stats[place.stage].score); };
+    const auto begin_dscores = [&] { begin(dscores, smem.stats[place.stage].dscore); };
+    const auto start_scores = [&] {
       if constexpr (Config::kOwnInRegisters) {
-        start_multiply_transposed<T>(weights, own_k, smem.q[place.stage]);
+        start_multiply_transposed<T, true>(weights, own_k, smem.q[place.stage]);
       } else {
-        start_multiply_transposed<T>(weights, part_smem.k, smem.q[place.stage]);
+        start_multiply_transposed<T, true>(weights, part_smem.k, smem.q[place.stage]);
       }
     };
     const auto start_dscores = [&] {
       if constexpr (Config::kOwnInRegisters) {
-        start_multiply_transposed<T>(dscores, own_v, smem.dout[place.stage]);
+        start_multiply_transposed<T, true>(dscores, own_v, smem.dout[place.stage]);
       } else {
-        start_multiply_transposed<T>(dscores, part_smem.v, smem.dout[place.stage]);
+        start_multiply_transposed<T, true>(dscores, part_smem.v, smem.dout[place.stage]);
       }
     };
     // From scores, in place.
     const auto find_weights = [&] {
       ptx::pin(weights);
-      const auto& stats_smem = smem.stats[place.stage];
-      weights.for_each([&](float& weight, int, int column) {
-        weight = ptx::exp2(weight * scale_log2 - stats_smem.lse_log2[column]);
-      });
-      fill_others(weights, attended_smem, tile(), 0.f);
-      if (!tile().exists) weights.clear();
+      weights.for_each([&](float& weight, int, int) { weight = ptx::exp2(weight * scale_log2); });
+      const bool cut_before = marks & StreamedTile::kCutBefore;
+      const bool cut_after = marks & StreamedTile::kCutAfter;
+      const bool left_out = marks & StreamedTile::kLeftOut;
+      if (cut_before || cut_after || left_out) {
+        const QueryTile& queries = smem.tile[place.stage].queries;
+        const int first_row = queries.first_row, end_row = first_row + queries.rows;
+        fill_others(weights, attended_smem,
+                    {queries.head, 0, first_row, end_row, true, cut_before, cut_after, false}, 0.f);
+        if (left_out) weights.clear();
+      }
       ptx::pin(weights);  // here, beside what runs
     };
     // From gradients of weights, in place.
     const auto find_dscores = [&] {
       ptx::pin(dscores);
-      const auto& stats_smem = smem.stats[place.stage];
-      dscores.for_each(weights, [&](float& dscore, float weight, int, int column) {
-        dscore = weight * (dscore - stats_smem.delta[column]);
-      });
+      dscores.for_each(weights, [&](float& dscore, float weight, int, int) { dscore *= weight; });
       ptx::pin(dscores);
     };
     // With the other warpgroup.
     const auto share_dscores = [&] {
-      auto& ring = smem.shared_ring[number];
+      auto& ring = smem.shared_ring[number * Config::kSharedRings / Config::kConsumers];
       shared_place.wait_empty(ring);
 #pragma unroll
       for (int i = 0; i < Scores::kColumns / 16; ++i) {
@@ -528,13 +581,13 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
       if constexpr (Config::kDscoresInRegisters) {
         start_multiply_add<T>(dk, rounded_dscores, smem.q[summed.stage]);
       } else {
-        sum_place.wait_full(smem.shared_ring[number]);
+        sum_place.wait_full(smem.shared_ring[number * Config::kSharedRings / Config::kConsumers]);
         ptx::wgmma_fence();
         start_multiply_add<T>(dk, smem.dscores[sum_place.stage][number], smem.q[summed.stage]);
       }
     };
     const auto start_dq = [&](Dq& dq) {
-      const int column = number * Config::kDqColumns;
+      const int column = Config::kTakesTurns ? 0 : number * Config::kDqColumns;
       const auto& dscores_smem = smem.dscores[sum_place.stage];
       for (auto& ring : smem.shared_ring) sum_place.wait_full(ring);
       ptx::wgmma_fence();
@@ -542,42 +595,56 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
       multiply_across<T, true>(dq, dscores_smem[1], keys_smem[1].k, column);
       ptx::wgmma_commit();
     };
-    const auto add_dq = [&](const Dq& dq, const StreamedTile& streamed) {
-      const int warp = number * 4 + static_cast<int>(threadIdx.x) / 32 % 4;
-      float4* slot = DqSlot<Config>::of(workspace, streamed.slot, warp) + ptx::lane();
+    const auto add_dq = [&](const Dq& dq, int slot, bool first) {
+      using Slot = DqSlot<Config>;
+      const int warp = (Config::kTakesTurns ? 0 : 4 * number) + threadIdx.x / 32 % 4;
+      float4* slot_gmem = Slot::of(workspace, slot, warp) + ptx::lane();
       const auto for_each = [&](auto f) {
 #pragma unroll
         for (int j = 0; j < Dq::kColumnTiles; ++j) {
           const float (&own)[4] = dq.at[0][j];
-          f(slot + j * 32, float4{own[0], own[1], own[2], own[3]});
+          f(slot_gmem + Slot::vector(j), float4{own[0], own[1], own[2], own[3]});
         }
       };
-      if (streamed.first) {
+      if (first) {
         for_each([](float4* gmem, float4 value) { *gmem = value; });
       } else {
         for_each([](float4* gmem, float4 value) { ptx::add(gmem, value); });
       }
     };
-    const auto end_sums = [&](const auto& summed, Dq& dq) {
-      // A loop: ptxas moves no wait for wgmma above it.
-      ptx::mbarrier_wait(smem.turn[summed.stage], summed.round);
-      ptx::wgmma_wait<0>();
-      ptx::pin(dk);
-      ptx::pin(dv);
-      ptx::pin(dq);
-      if constexpr (Config::kOverlapsDv) keep(rounded_weights);
-      if constexpr (Config::kDscoresInRegisters) keep(rounded_dscores);
-      for (auto& ring : smem.shared_ring) sum_place.arrive_empty(ring);
+    // Tells that a tile of queries has been read, and that our share of its dq is added.
+    const auto let_go = [&](const auto& summed) {
       sum_place.advance();
-      add_dq(dq, smem.tile[summed.stage]);
       __syncwarp();
       if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(smem.added[summed.stage]);
+    };
+    // In our turn, while kPending younger products run.
+    const auto end_dq = [&](const auto& summed, Dq& dq, auto pending) {
+      // A loop: ptxas moves no wait for wgmma above it.
+      ptx::mbarrier_wait(smem.turn[summed.stage], summed.round);
+      const StreamedTile& streamed = smem.tile[summed.stage];
+      const int slot = streamed.slot;
+      const bool first = streamed.first;
+      ptx::wgmma_wait<decltype(pending)::value>();
+      ptx::pin(dq);
+      for (auto& ring : smem.shared_ring) sum_place.arrive_empty(ring);
+      add_dq(dq, slot, first);
+      let_go(summed);
+    };
+    using Pending0 = std::integral_constant<int, 0>;
+    using Pending2 = std::integral_constant<int, 2>;
+    const auto end_sums = [&] {
+      ptx::pin(dk);
+      ptx::pin(dv);
+      if constexpr (Config::kOverlapsDv) keep(rounded_weights);
+      if constexpr (Config::kDscoresInRegisters) keep(rounded_dscores);
     };
     // From the weights of the tile at `place` to its sums, beside which run the scores of the next
     // one and their exponentials.
     const auto step = [&](auto has_next) {
       constexpr bool kHasNext = decltype(has_next)::value;
       rounded_weights.round(weights);
+      begin_dscores();
       ptx::wgmma_fence();
       start_dscores();
       start_multiply_add<T>(dv, rounded_weights, smem.dout[place.stage]);
@@ -588,69 +655,92 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
       const auto summed = place;
       place.advance();
       Dq dq;
-      if constexpr (kHasNext) {
-        start_scores();
-      } else if constexpr (!Config::kOverlapsDv) {
+      if constexpr (kHasNext) await_queries();
+      if constexpr (!Config::kOverlapsDv) {
         ptx::wgmma_wait<0>();
         keep(rounded_weights);
       }
-      ptx::wgmma_fence();
+      if constexpr (kHasNext) {
+        begin_scores();
+        fence_queries();
+        start_scores();
+      } else {
+        ptx::wgmma_fence();
+      }
       start_dk(summed);
       start_dq(dq);
       if constexpr (kHasNext) {
         ptx::wgmma_wait<2>();
         find_weights();
       }
-      end_sums(summed, dq);
+      end_dq(summed, dq, Pending0{});
+      end_sums();
     };
-    // The sums of the tile at `place`, whose weights are shared, beside all of the next one.
-    const auto wide_step = [&](auto has_next) {
-      constexpr bool kHasNext = decltype(has_next)::value;
-      const auto summed = place;
-      place.advance();
-      Dq dq;
-      if constexpr (kHasNext) {
+    // All queries, where kWide: scores and their gradients of a tile beside the sums of the one
+    // before it; and dq of the one before that, which the other warpgroup has long shared.
+    const auto wide_steps = [&] {
+      const auto find_all = [&] {
+        begin_scores();
+        begin_dscores();
+        fence_queries();
         start_scores();
         start_dscores();
-      }
-      ptx::wgmma_fence();
-      start_multiply_add<T>(dv, rounded_weights, smem.dout[summed.stage]);
-      start_dk(summed);
-      if constexpr (kHasNext) {
-        ptx::wgmma_wait<3>();
-        find_weights();
-      }
-      start_dq(dq);  // late: the other warpgroup may be behind
-      if constexpr (kHasNext) {
-        ptx::wgmma_wait<3>();
-        find_dscores();
         ptx::wgmma_wait<1>();
-        keep(rounded_weights);
-        keep(rounded_dscores);
+        find_weights();
+        ptx::wgmma_wait<0>();
+        end_sums();
+        find_dscores();
         rounded_weights.round(weights);
         rounded_dscores.round(dscores);
         share_dscores();
+      };
+      Place<Config::kStages> earlier, summed;
+      find_all();
+      for (int tile = 0;; ++tile) {
+        earlier = summed, summed = place;
+        place.advance();
+        const bool any_earlier = tile > 0, ours = (tile & 1) != number;
+        const auto start_sums = [&] {
+          start_multiply_add<T>(dv, rounded_weights, smem.dout[summed.stage]);
+          start_dk(summed);
+        };
+        Dq dq;
+        if (__any_sync(0xffffffff, any_earlier && ours)) {
+          start_dq(dq);
+          start_sums();
+          end_dq(earlier, dq, Pending2{});
+        } else {
+          ptx::wgmma_fence();
+          start_sums();
+          if (any_earlier) let_go(earlier);
+        }
+        if (is_last()) {
+          if (__any_sync(0xffffffff, ours)) {
+            ptx::wgmma_wait<0>();
+            let_go(summed);
+          } else {
+            start_dq(dq);
+            end_dq(summed, dq, Pending0{});
+          }
+          end_sums();
+          break;
+        }
+        await_queries();
+        find_all();
       }
-      end_sums(summed, dq);
     };
     if (own_tile.any_queries) {
-      start_scores();
+      await_queries();
       if constexpr (Config::kWide) {
-        start_dscores();
-        ptx::wgmma_wait<0>();
-        find_weights();
-        find_dscores();
-        rounded_weights.round(weights);
-        rounded_dscores.round(dscores);
-        share_dscores();
-#pragma unroll 1
-        while (!smem.tile[place.stage].last) wide_step(std::true_type{});
-        wide_step(std::false_type{});
+        wide_steps();
       } else {
+        begin_scores();
+        fence_queries();
+        start_scores();
         ptx::wgmma_wait<0>();
         find_weights();
 #pragma unroll 1
-        while (!smem.tile[place.stage].last) step(std::true_type{});
+        while (!(marks & StreamedTile::kLast)) step(std::true_type{});
         step(std::false_type{});
       }
     }
@@ -710,7 +800,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
       ptx::mbarrier_init(smem.turn[stage], 1);
       ptx::mbarrier_init(smem.added[stage], kWarps);
     }
-    for (auto& ring : smem.shared_ring) ring.init(4, kWarps);
+    for (auto& ring : smem.shared_ring)
+      ring.init(kWarps / Config::kSharedRings, Config::kTakesTurns ? 4 : kWarps);
     smem.job_ring.init(1, 1);
     ptx::mbarrier_init(smem.sum_full, 32);
     ptx::fence_mbarrier_init();
