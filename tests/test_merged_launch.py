@@ -68,6 +68,29 @@ def test_same_bits_in_every_run(pattern: sa.Pattern, seq: int) -> None:
         assert_same(run(tensors, pattern), wanted)
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "seq", "stride"),
+    [(64, 12_200, 96), (64, 4_001, 100), (32, 12_283, 100), (128, 12_283, 100)],
+)
+def test_same_bits_where_multiprocessors_are_busy(head_dim: int, seq: int, stride: int) -> None:
+    """What the first branch left is read before the next copy takes its place, however long a read
+    of shared memory takes. Short residues and head dim 32: in two launches."""
+    tensors = inputs(seq, heads=8, head_dim=head_dim)
+    pattern = sa.Strided(stride)
+    wanted = run(tensors, pattern)
+    busy = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    beside = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(40):
+        results.append(run(tensors, pattern))
+        with torch.cuda.stream(beside):
+            busy @ busy
+    torch.cuda.synchronize()
+    for actual in results:
+        assert_same(actual, wanted)
+
+
 def test_heads_alone(pattern: sa.Pattern) -> None:
     """A head among others gets what it gets alone."""
     tensors = inputs(3001, head_dim=128)

@@ -150,10 +150,7 @@ __device__ __forceinline__ void compute_few(SharedMemory& smem, const ForwardPar
       const WarpRows<T, typename Config::OutputPart> rows(earlier_smem, warp_row);
       rows.for_each(out, [](float& element, float earlier, int) { element = earlier; });
       softmax.begin_with(earlier_lse_of<Config>(smem, warpgroup) + warp_row);
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) {
-        ptx::mbarrier_arrive(smem.earlier_empty[warpgroup % Config::kEarlierTiles]);
-      }
+      let_go_of_earlier<Config>(smem, warpgroup);
     } else {
       out.clear();
       softmax.begin();

@@ -260,10 +260,7 @@ __device__ __forceinline__ void compute_many(SharedMemory& smem, const ForwardPa
       merged ^= 1;
       softmax.join(out, OutputRows(earlier_of<Config>(smem, warpgroup), warp_row),
                    earlier_lse_of<Config>(smem, warpgroup) + warp_row);
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) {
-        ptx::mbarrier_arrive(smem.earlier_empty[warpgroup % Config::kEarlierTiles]);
-      }
+      let_go_of_earlier<Config>(smem, warpgroup);
     }
     float share[2];
     softmax.finish(lse_smem, share);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "params.h"
+#include "ptx/wgmma.cuh"
 #include "sm90/forward/config.h"
 
 namespace sparse_attn::sm90::forward {
@@ -42,6 +43,17 @@ __device__ __forceinline__ auto& earlier_of(SharedMemory& smem, int warpgroup) {
 template <class Config, class SharedMemory>
 __device__ __forceinline__ float* earlier_lse_of(SharedMemory& smem, int warpgroup) {
   return smem.earlier_lse[warpgroup % Config::kEarlierTiles];
+}
+
+// By a warp that has read its rows. An arrival alone waits for no read (ptxas 13.0): the next copy
+// would overtake an ldmatrix where shared memory is busy.
+template <class Config, class SharedMemory>
+__device__ __forceinline__ void let_go_of_earlier(SharedMemory& smem, int warpgroup) {
+  ptx::fence_async_proxy();
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) {
+    ptx::mbarrier_arrive(smem.earlier_empty[warpgroup % Config::kEarlierTiles]);
+  }
 }
 
 }  // namespace sparse_attn::sm90::forward
