@@ -30,7 +30,7 @@ from test_attention import (
     NATIVE_DTYPES,
     NATIVE_HEAD_DIMS,
     RESULTS,
-    assert_all_close,
+    assert_right,
     runs_natively,
 )
 
@@ -272,11 +272,8 @@ def test_70_000_heads(batch: int, heads: int, pattern: Any) -> None:
     actual = run(x, pattern)
     # The oracle takes a head as a batch entry.
     flat = Inputs(*(tensor.flatten(0, 1)[:, None] for tensor in vars(x).values()))
-    arguments = (flat.q, flat.k, flat.v, [oracle.mask(members, True, 5)], None)
-    exact = oracle.attention(*arguments, flat.dout, flat.dlse)
-    low = oracle.attention(*arguments, flat.dout, flat.dlse, rounding=torch.float16)
     flat_actual = {name: tensor.flatten(0, 1)[:, None] for name, tensor in actual.items()}
-    assert_all_close(flat_actual, exact, low)
+    assert_right(flat_actual, flat, [oracle.mask(members, True, 5)])
 
 
 # Short chunks and residues, several in a tile.
@@ -301,11 +298,7 @@ def test_short_groups(members: oracle.Members, head_dim: int, causal: bool) -> N
     n = 1101
     x = random_inputs((1, 2, n, head_dim))
     actual = run(x, to_pattern(members, causal))
-    masks = [oracle.mask(members, causal, n).cuda()] * 2
-    arguments = (x.q, x.k, x.v, masks, None, x.dout, x.dlse)
-    exact = oracle.attention(*arguments)
-    low = oracle.attention(*arguments, rounding=torch.float16)
-    assert_all_close(actual, exact, low)
+    assert_right(actual, x, [oracle.mask(members, causal, n).cuda()] * 2)
 
 
 # Scores.
@@ -320,11 +313,7 @@ def test_scores_that_rise_with_the_key(window: int, head_dim: int) -> None:
     x.k.mul_(torch.linspace(0, 8, n, dtype=torch.float16, device="cuda")[:, None])
     members = (("local", window),)
     actual = run(x, to_pattern(members, True))
-    masks = [oracle.mask(members, True, n).cuda()] * 2
-    arguments = (x.q, x.k, x.v, masks, None, x.dout, x.dlse)
-    exact = oracle.attention(*arguments)
-    low = oracle.attention(*arguments, rounding=torch.float16)
-    assert_all_close(actual, exact, low)
+    assert_right(actual, x, [oracle.mask(members, True, n).cuda()] * 2)
 
 
 # Blocks.
@@ -354,10 +343,7 @@ def test_neighbouring_blocks_attend_few_and_all(head_dims: tuple[int, int], bloc
         torch.randn(2, 1, n, device="cuda"),
     )
     actual = run(x, sa.BlockSparse(layout[None].cuda(), block))
-    arguments = (x.q, x.k, x.v, [mask], None, x.dout, x.dlse)
-    exact = oracle.attention(*arguments)
-    low = oracle.attention(*arguments, rounding=torch.float16)
-    assert_all_close(actual, exact, low)
+    assert_right(actual, x, [mask])
 
 
 # Streams.
@@ -396,11 +382,7 @@ def test_right_after_out_of_memory() -> None:
     torch.cuda.empty_cache()  # the results get segments of their own
     x = random_inputs((32, 8, 1021, 64))  # 33 MB a tensor
     wanted = run(x, pattern)
-    arguments = (x.q, x.k, x.v, [oracle.mask(members, True, 1021)] * 8, None, x.dout, x.dlse)
-    exact = oracle.attention(*arguments)
-    low = oracle.attention(*arguments, rounding=torch.float16)
-    assert_all_close(wanted, exact, low)
-    del exact, low
+    assert_right(wanted, x, [oracle.mask(members, True, 1021)] * 8)
     total = torch.cuda.mem_get_info()[1]
     step = 20 * 2**20  # the least that the allocator takes from the GPU for a large tensor
     failures = []
@@ -482,11 +464,8 @@ def test_random_case(number: int, session_seed: int) -> None:
     fresh = session_seed or 1 + secrets.randbelow(2**31 - 1)
     x, pattern, masks, scale, words = draw_case(random.Random(f"{fresh}:{number}"))
     print(f"seed {fresh}: {words}")
-    arguments = (x.q, x.k, x.v, masks, scale, x.dout, x.dlse)
-    exact = oracle.attention(*arguments)
-    low = oracle.attention(*arguments, rounding=x.q.dtype)
     try:
-        assert_all_close(run(x, pattern, scale), exact, low)
+        assert_right(run(x, pattern, scale), x, masks, scale)
     except AssertionError as error:
         again = f"repeat with --seed {fresh} -k 'test_random_case and {number}'"
         raise AssertionError(f"{words}; {again}: {error}") from error
