@@ -16,7 +16,11 @@ import torch
 import oracle
 import sparse_attn as sa
 from compare import assert_close, assert_same_bits
-from test_merged_launch import assert_same_on_two_streams, occupy
+from test_merged_launch import (
+    assert_same_on_two_streams,
+    assert_same_where_multiprocessors_are_busy,
+    occupy,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -50,6 +54,7 @@ def pattern_of(name: str, n: int) -> sa.Pattern:
         "columns": lambda: sa.Summary(64, 24),
         "fixed": lambda: sa.Fixed(64, 24),
         "strided": lambda: sa.Strided(700),
+        "bands": lambda: sa.Strided(100),
         "blocks-128": lambda: blocks(128, n),
         "blocks-64": lambda: blocks(64, n),
     }
@@ -129,6 +134,19 @@ def test_same_bits_in_every_run(name: str) -> None:
     for head in range(3):
         alone = grads([x[:, head : head + 1] for x in tensors], pattern)
         assert_same(tuple(x[:, head : head + 1] for x in wanted), alone)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "bands"])
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_same_bits_where_multiprocessors_are_busy(name: str, head_dim: int) -> None:
+    tensors = inputs(4001, heads=8, head_dims=(head_dim, head_dim))
+    pattern = pattern_of(name, 4001)
+    if isinstance(pattern, sa.BlockSparse):
+        pattern = sa.BlockSparse(pattern.layout[:1], pattern.block)
+    q, k, v = (x.detach().requires_grad_() for x in tensors[:3])
+    out = sa.attention(q, k, v, pattern, backend="cuda_sm90")
+    call = partial(torch.autograd.grad, out, (q, k, v), tensors[3], retain_graph=True)
+    assert_same_where_multiprocessors_are_busy(call, repeats=12)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
