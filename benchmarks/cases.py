@@ -14,7 +14,7 @@ from sparse_attn import Chunk, Dense, Dilated, Fixed, Local, Pattern, Strided
 
 DENSITIES = (0.10, 0.25, 0.50)
 FLEX = frozenset({"flex"})
-COMPILED = FLEX | {"flex 128", "composed flex", "composed fa4", "fa4"}
+COMPILED = FLEX | {"flex 128", "composed flex", "composed fa4", "fa4", "fa4 deterministic"}
 LAYOUT_BLOCKS = (64, 128)
 
 

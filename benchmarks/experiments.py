@@ -346,7 +346,7 @@ def dense_candidates(part: Part, device: torch.device) -> dict[str, Callable[[],
         return peer.prepare(_dense_case(part), device).attend
 
     for peer in peers.gpu_peers():
-        if isinstance(peer, peers.Kernel) and not peer.only_dense:
+        if isinstance(peer, peers.Kernel) and not isinstance(peer, peers.Deterministic):
             candidates[peer.name] = partial(prepared, peer)
     return candidates
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -54,6 +54,7 @@ class Prepared:
     times: int = 1  # the measured time counts so often
     note: str = ""
     block_mask_s: float | None = None
+    has_forward: bool = True  # else it is another peer's
     has_backward: bool = True
 
 
@@ -75,14 +76,20 @@ def gpu_peers() -> list[Peer]:
         Kernel("sdpa flash", partial(_load_sdpa, SDPBackend.FLASH_ATTENTION)),
         Kernel("sdpa cudnn", partial(_load_sdpa, SDPBackend.CUDNN_ATTENTION)),
         Kernel("fa3", partial(_load_flash, "flash_attn_interface", False), has_window=True),
-        Kernel(
+        Deterministic(
             "fa3 deterministic",
             partial(_load_flash, "flash_attn_interface", True),
-            only_dense=True,
+            has_window=True,
         ),
         Kernel(
             "fa4",
             partial(_load_flash, "flash_attn.cute", False),
+            has_window=True,
+            compiles=True,
+        ),
+        Deterministic(
+            "fa4 deterministic",
+            partial(_load_flash, "flash_attn.cute", True),
             has_window=True,
             compiles=True,
         ),
@@ -127,12 +134,9 @@ class Kernel:
     name: str
     load: Callable[[], CausalAttend]
     has_window: bool = False
-    only_dense: bool = False
     compiles: bool = False
 
     def serves(self, case: Case) -> bool:
-        if self.only_dense:
-            return isinstance(case.pattern, Dense)
         windowed = isinstance(case.pattern, Local) and self.has_window
         return windowed or isinstance(case.pattern, Dense | Chunk | Dilated | Union)
 
@@ -166,6 +170,20 @@ class Kernel:
 
             return Prepared(dilated, case, True, note="view")
         return Prepared(whole, case, True)
+
+
+@dataclass(frozen=True)
+class Deterministic(Kernel):
+    """The backward pass of a kernel that gives the same bits in every call.
+
+    Only where that costs most: many blocks of keys add to the dq of a query.
+    """
+
+    def serves(self, case: Case) -> bool:
+        return case.pattern in (Dense(), Local(1024))
+
+    def prepare(self, case: Case, device: torch.device) -> Prepared:
+        return replace(super().prepare(case, device), has_forward=False)
 
 
 @dataclass(frozen=True)

@@ -183,6 +183,8 @@ class RowRun:
             if backward is not None:
                 backward.status, backward.reason = forward.status, forward.reason
             return None
+        if not prepared.has_forward:
+            forward.status, forward.reason = "not run", "only the backward pass differs"
         if backward is not None:
             self._prepare_backward(runner, reference, backward)
         return runner

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -266,6 +267,41 @@ def test_a_dense_peer_stands_in_for_a_merged_head() -> None:
         assert (entry_of(row, "dense").status, entry_of(row, "dense").note) == ("ok", "view")
         with pytest.raises(peers.Unavailable, match="no view"):
             dense.prepare(replace(case, seq=50), CPU)
+
+
+def test_deterministic_peers_compete_in_backward_passes_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options: list[dict[str, Any]] = []
+
+    def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, **given: Any) -> Tensor:
+        options.append(given)
+        if "window_size" in given:
+            raise RuntimeError("no deterministic window")
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return sa.attention(q, k, v, sa.Dense()).transpose(1, 2)
+
+    module = SimpleNamespace(flash_attn_func=flash)
+    monkeypatch.setattr(peers, "_import", lambda name: module)
+    (peer,) = [x for x in peers.gpu_peers() if x.name == "fa4 deterministic"]
+    served = [(case.table, case.name) for case in cases.run_cases() if peer.serves(case)]
+    names = ("Local(1024)", "Dense, batch 1")
+    assert served == [*itertools.product(("d64", "d128"), names), ("long", "Local(1024)")]
+    assert not any(peer.serves(case) for case in cases.sweep_cases())
+
+    def entries(pattern: sa.Pattern) -> list[Entry]:
+        rows = run.run_row(
+            small(pattern), [peer], timing.CpuClock(), RATES, run.Limits(), rounds=1, round_ms=0.1
+        )
+        return [entry_of(row, peer.name) for row in rows]
+
+    forward, backward = entries(sa.Dense())
+    assert options[-1] == {"deterministic": True}
+    assert (forward.status, forward.ms) == ("not run", None) and "backward" in forward.reason
+    assert backward.status == "ok" and backward.ms is not None
+    for entry in entries(sa.Local(1024)):
+        assert (entry.status, entry.reason) == ("failed", "RuntimeError: no deterministic window")
+    assert options[-1] == {"deterministic": True, "window_size": (1023, 0)}
 
 
 def test_views_copy_nothing() -> None:
