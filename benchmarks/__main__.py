@@ -91,6 +91,8 @@ def _measure(arguments: argparse.Namespace, console: Console) -> int:
         begun = time.monotonic()
         backward, rounds = (False, 3) if kind == "cpu" else (True, timing.ROUNDS)
         results.rows += run.run_row(case, competitors, clock, rates, limits, backward, rounds)
+        if kind == "sweep":  # measured in another order
+            results.rows.sort(key=lambda row: row.seq)
         seconds = time.monotonic() - begun
         console.print(f"{case.table} {case.name}, n {case.seq:,}: measured in {seconds:.1f} s")
         # A run that is cut short leaves the rows it has.

@@ -304,6 +304,17 @@ def test_deterministic_peers_compete_in_backward_passes_alone(
     assert options[-1] == {"deterministic": True, "window_size": (1023, 0)}
 
 
+def test_a_sweep_compiles_last() -> None:
+    swept = cases.sweep_cases()
+    compiles = [not case.without for case in swept]
+    assert compiles == sorted(compiles) and {case.seq for case in swept[-6:]} == {8192, 131072}
+    shapes = {(case.seq, case.name.split("(")[0]) for case in swept}
+    names = ("Local", "Strided", "Fixed")
+    assert shapes == {(1 << exponent, name) for exponent in range(11, 21) for name in names}
+    others = {peer.name for peer in peers.gpu_peers() if peer.compiles}
+    assert all(case.without == others for case in swept if case.without)
+
+
 def test_views_copy_nothing() -> None:
     x = torch.randn(2, 48, 3, 8).transpose(1, 2)
     lse = torch.randn(2, 48, 3).transpose(1, 2)
