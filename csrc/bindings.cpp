@@ -179,39 +179,14 @@ struct ForwardCall {
   }
 };
 
-RowStatsParams row_stats_params(const Strides& out, const Strides& dout, int batch, int heads,
-                                int seq, int head_dim_v, bool bfloat16, int device) {
-  RowStatsParams params{};
-  params.out = without_address(out);
-  params.dout = without_address(dout);
-  params.batch = batch;
-  params.heads = heads;
-  params.seq = seq;
-  params.head_dim_v = head_dim_v;
-  params.element = element(bfloat16);
-  params.device = device;
-  return params;
-}
-
 // The launches of a backward call, complete but for addresses and stream.
 struct BackwardCall {
-  RowStatsParams stats;
   Gradients gradients;
 
   void operator()(int64_t dout, int64_t q, int64_t k, int64_t v, int64_t out, int64_t lse,
                   int64_t dlse, int64_t stats_rows, int64_t dq, int64_t dk, int64_t dv,
                   int64_t query_block_rows, int64_t key_block_rows, int64_t workspace,
                   int64_t stream) const {
-    if (gradients.stats_before) {
-      RowStatsParams params = stats;
-      params.out.data = pointer<void*>(out);
-      params.dout.data = pointer<void*>(dout);
-      params.lse = pointer<const float*>(lse);
-      params.dlse = pointer<const float*>(dlse);
-      params.stats = pointer<RowStats*>(stats_rows);
-      params.stream = pointer<void*>(stream);
-      row_stats(params);
-    }
     for (const GradientLaunch& launch : gradients.launches) {
       BackwardParams params = launch.params;
       params.q.data = pointer<void*>(q);
@@ -230,6 +205,7 @@ struct BackwardCall {
       params.query_blocks = pointer<const uint32_t*>(query_block_rows);
       params.workspace = launch.workspace > 0 ? pointer<void*>(workspace) : nullptr;
       params.stream = pointer<void*>(stream);
+      if (gradients.stats_before && &launch == &gradients.launches.front()) row_stats(params);
       backward(params);
     }
   }
@@ -361,12 +337,8 @@ PYBIND11_MODULE(_C, module) {
   py::class_<ForwardCall>(module, "ForwardCall")
       .def(py::init<std::vector<ForwardParams>>(), py::arg("launches"))
       .def("__call__", &ForwardCall::operator());
-  py::class_<RowStatsParams>(module, "RowStatsParams")
-      .def(py::init(&row_stats_params), py::kw_only(), py::arg("out"), py::arg("dout"),
-           py::arg("batch"), py::arg("heads"), py::arg("seq"), py::arg("head_dim_v"),
-           py::arg("bfloat16"), py::arg("device"));
   py::class_<BackwardCall>(module, "BackwardCall")
-      .def(py::init<RowStatsParams, Gradients>(), py::arg("stats"), py::arg("gradients"))
+      .def(py::init<Gradients>(), py::arg("gradients"))
       .def("__call__", &BackwardCall::operator());
   py::class_<BlockRowsParams>(module, "BlockRowsParams")
       .def(py::init(&block_rows_params), py::kw_only(), py::arg("layout"), py::arg("rows"),

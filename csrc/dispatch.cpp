@@ -143,7 +143,7 @@ void forward(const ForwardParams& params) {
   kernel.launch(params);
 }
 
-void row_stats(const RowStatsParams& params) {
+void row_stats(const BackwardParams& params) {
   const DeviceGuard guard(params.device);
   sm80::backward::launch_row_stats(params);
 }

@@ -11,11 +11,11 @@
 namespace sparse_attn {
 
 // Each launches work on params.stream and returns without waiting for it: the rows of a layout of
-// blocks, the output, the statistics of the queries, one branch of dq, of dk and dv, or of all
-// three.
+// blocks, the output, the statistics of the queries of all heads, one branch of dq, of dk and dv,
+// or of all three.
 void block_rows(const BlockRowsParams& params);
 void forward(const ForwardParams& params);
-void row_stats(const RowStatsParams& params);
+void row_stats(const BackwardParams& params);
 void backward(const BackwardParams& params);
 
 // Likewise, for new tokens against a cache: the parts of every query's keys; then their sum and the

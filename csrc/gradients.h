@@ -26,7 +26,7 @@ struct GradientLaunch {
 // The launches of all ranges, one after another.
 struct Gradients {
   std::vector<GradientLaunch> launches;
-  bool stats_before;  // row_stats comes first
+  bool stats_before;  // row_stats(params of the first launch) comes first
   bool keeps_stats;   // there must be memory for the statistics
   int64_t workspace;  // bytes, of this call alone; its launches share them
 

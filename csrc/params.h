@@ -78,23 +78,6 @@ struct RowStats {
   float delta;     // rowsum(dout * out) - dlse; 0 for a query with no key
 };
 
-struct RowStatsParams {
-  TensorView out;     // (batch, heads, seq, head_dim_v)
-  TensorView dout;    // likewise
-  const float* lse;   // (batch, heads, seq)
-  const float* dlse;  // likewise; may be null
-  RowStats* stats;    // likewise
-
-  int batch;
-  int heads;
-  int seq;
-  int head_dim_v;
-
-  Element element;
-  int device;
-  void* stream;  // cudaStream_t
-};
-
 // The rows whose gradients a backward launch sums: queries (dq), keys (dk and dv) or both at once.
 enum class Owner : int { queries, keys, both };
 

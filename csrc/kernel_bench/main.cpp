@@ -75,7 +75,7 @@ class Backward {
   void run() const {
     if (zero_key_gradients_) set_zero(tensors_.dk), set_zero(tensors_.dv);
     if (!gradients_.launches.front().writes_every_dq) set_zero(tensors_.dq);
-    if (gradients_.stats_before) run_row_stats();
+    if (gradients_.stats_before) row_stats(gradients_.launches.front().params);
     for (const GradientLaunch& launch : gradients_.launches) {
       BackwardParams params = launch.params;
       params.workspace = launch.workspace > 0 ? workspace_.data() : nullptr;
@@ -119,22 +119,6 @@ class Backward {
   template <class T>
   static void set_zero(const DeviceBuffer<T>& values) {
     CHECK_CUDA(cudaMemsetAsync(values.data(), 0, values.bytes()));
-  }
-
-  void run_row_stats() const {
-    const BackwardParams& call = gradients_.launches.front().params;
-    RowStatsParams params{};
-    params.out = call.out;
-    params.dout = call.dout;
-    params.lse = call.lse;
-    params.stats = call.stats;
-    params.batch = call.batch;
-    params.heads = call.heads;
-    params.seq = call.seq_q;
-    params.head_dim_v = call.head_dim_v;
-    params.element = call.element;
-    params.device = call.device;
-    row_stats(params);
   }
 
   const Tensors& tensors_;

@@ -119,20 +119,6 @@ class ForwardParams:
         device: int,
     ) -> None: ...
 
-class RowStatsParams:
-    def __init__(
-        self,
-        *,
-        out: tuple[int, int, int],
-        dout: tuple[int, int, int],
-        batch: int,
-        heads: int,
-        seq: int,
-        head_dim_v: int,
-        bfloat16: bool,
-        device: int,
-    ) -> None: ...
-
 # The launches of a call; all arguments but the stream are addresses, 0 for none.
 class ForwardCall:
     def __init__(self, launches: list[ForwardParams]) -> None: ...
@@ -151,11 +137,7 @@ class ForwardCall:
     ) -> None: ...
 
 class BackwardCall:
-    def __init__(
-        self,
-        stats: RowStatsParams,
-        gradients: Gradients,
-    ) -> None: ...
+    def __init__(self, gradients: Gradients) -> None: ...
     def __call__(
         self,
         dout: int,

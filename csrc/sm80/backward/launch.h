@@ -7,7 +7,7 @@
 namespace sparse_attn::sm80::backward {
 
 // The statistics of every query, once before the gradients.
-void launch_row_stats(const RowStatsParams& params);
+void launch_row_stats(const BackwardParams& params);
 
 // T is __half or __nv_bfloat16; params.head_dim <= kHeadDim, params.head_dim_v <= kHeadDimV.
 // Instantiated in generated files (cmake/Instances.cmake).

@@ -13,14 +13,14 @@ constexpr int kLanesPerRow = 8;  // 16 bytes each: a row of 64 at a time
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    row_stats_kernel(const __grid_constant__ RowStatsParams params) {
-  const int64_t rows = static_cast<int64_t>(params.batch) * params.heads * params.seq;
+    row_stats_kernel(const __grid_constant__ BackwardParams params) {
+  const int64_t rows = static_cast<int64_t>(params.batch) * params.heads * params.seq_q;
   const int64_t index =
       static_cast<int64_t>(blockIdx.x) * (kThreads / kLanesPerRow) + threadIdx.x / kLanesPerRow;
   const int64_t row = index < rows ? index : rows - 1;  // whole warps take part in the sum
   const int lane = threadIdx.x % kLanesPerRow;
-  const int64_t token = row % params.seq;
-  const int64_t head = row / params.seq % params.heads, batch = row / params.seq / params.heads;
+  const int64_t token = row % params.seq_q;
+  const int64_t head = row / params.seq_q % params.heads, batch = row / params.seq_q / params.heads;
   const auto row_gmem = [&](const TensorView& tensor) {
     return static_cast<const T*>(tensor.data) + batch * tensor.batch_stride +
            head * tensor.head_stride + token * tensor.row_stride;
@@ -54,8 +54,8 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void launch_row_stats(const RowStatsParams& params) {
-  const int64_t rows = static_cast<int64_t>(params.batch) * params.heads * params.seq;
+void launch_row_stats(const BackwardParams& params) {
+  const int64_t rows = static_cast<int64_t>(params.batch) * params.heads * params.seq_q;
   constexpr int kRows = kThreads / kLanesPerRow;
   const int64_t ctas = (rows + kRows - 1) / kRows;
   REQUIRE(ctas <= 0x7fffffff, "more than 2^31 - 1 CTAs in one launch");

@@ -343,14 +343,9 @@ def _backward_launches(
     sm90: bool,
 ) -> _BackwardLaunches:
     """The statistics of the queries; then dq, dk and dv for each range of heads and each branch."""
-    sizes = _sizes(q, k, v)
-    names = ("batch", "heads", "seq", "head_dim_v", "bfloat16", "device")
-    stats = native().RowStatsParams(
-        **_strides(out=out, dout=dout), **{name: sizes[name] for name in names}
-    )
     call = {
         **_strides(q=q, k=k, v=v, dout=dout, out=out, dq=dq, dk=dk, dv=dv),
-        **sizes,
+        **_sizes(q, k, v),
         "heads_together": group,
         "scale": scale,
         "sm90": sm90,
@@ -367,7 +362,7 @@ def _backward_launches(
         ranges.append((params, *both_ways))
     gradients = native().Gradients(ranges)
     return _BackwardLaunches(
-        native().BackwardCall(stats, gradients),
+        native().BackwardCall(gradients),
         keeps_stats=gradients.keeps_stats,
         workspace=gradients.workspace,
         zeroed_queries=[
