@@ -399,20 +399,18 @@ __device__ __forceinline__ void await_turns(SharedMemory& smem, const BackwardPa
       const uint32_t* bits = bits_of(blocks, params.query_blocks, queries.head, queries.first_row);
       before = key_tile_before(blocks, bits, tile.key_tile);
     }
-    const int query_tile = number - tile.unit * plan.query_tiles.value;
-    const int earlier = plan.earlier(tile.unit, query_tile);
-    const int* counter = workspace.turns + number;
-    int value = before + 1;
-    if (before < 0 && plan.by_unit) {
-      counter = workspace.counters.done(earlier / plan.query_tiles);
-      value = plan.key_tiles.value;
-    } else if (before < 0) {
-      counter = workspace.turns + earlier;
-      value = kFinished;
-    }
-    if (before >= 0 || earlier >= 0) {
+    const auto wait = [](const int* counter, int value) {
       while (ptx::load_acquire(counter) != value) {
       }
+    };
+    const int query_tile = number - tile.unit * plan.query_tiles.value;
+    const int earlier = plan.earlier(tile.unit, query_tile);
+    if (before >= 0) {
+      wait(workspace.turns + number, before + 1);
+    } else if (earlier >= 0 && plan.by_unit) {
+      wait(workspace.counters.done(earlier / plan.query_tiles), plan.key_tiles.value);
+    } else if (earlier >= 0) {
+      wait(workspace.turns + earlier, kFinished);
     }
     __syncwarp();
     if (threadIdx.x % 32 == 0) {
