@@ -60,42 +60,45 @@ py::bytes cover_bytes(const std::vector<Branch>& branches, int length, int tile_
 
 Element element(bool bfloat16) { return bfloat16 ? Element::bfloat16 : Element::float16; }
 
-Kernels kernels(bool sm90) { return sm90 ? Kernels::sm90 : Kernels::sm80; }
-
 using Strides = std::array<int64_t, 3>;  // of batch, head and row, in elements
 
 TensorView without_address(const Strides& strides) {
   return {nullptr, strides[0], strides[1], static_cast<int>(strides[2])};
 }
 
-BackwardParams backward_params(const Strides& q, const Strides& k, const Strides& v,
-                               const Strides& dout, const Strides& out, const Strides& dq,
-                               const Strides& dk, const Strides& dv, int batch, int heads,
-                               int first_head, int head_count, int heads_together, int kv_heads,
-                               int seq, int head_dim, int head_dim_v, float scale, bool bfloat16,
-                               bool sm90, int device) {
-  BackwardParams params{};
+CallParams call_params(const Strides& q, const Strides& k, const Strides& v, const Strides& out,
+                       int batch, int heads, int first_head, int head_count, int kv_heads, int seq,
+                       int head_dim, int head_dim_v, float scale, bool bfloat16, bool sm90,
+                       int device) {
+  CallParams params{};
   params.q = without_address(q);
   params.k = without_address(k);
   params.v = without_address(v);
-  params.dout = without_address(dout);
   params.out = without_address(out);
-  params.dq = without_address(dq);
-  params.dk = without_address(dk);
-  params.dv = without_address(dv);
   params.batch = batch;
   params.heads = heads;
   params.first_head = first_head;
   params.head_count = head_count;
-  params.heads_together = heads_together;
   params.kv_heads = kv_heads;
   params.seq_q = params.seq_k = seq;
   params.head_dim = head_dim;
   params.head_dim_v = head_dim_v;
   params.scale = scale;
   params.element = element(bfloat16);
-  params.kernels = kernels(sm90);
+  params.kernels = sm90 ? Kernels::sm90 : Kernels::sm80;
   params.device = device;
+  return params;
+}
+
+BackwardParams backward_params(const CallParams& call, const Strides& dout, const Strides& dq,
+                               const Strides& dk, const Strides& dv, int heads_together) {
+  BackwardParams params{};
+  static_cast<CallParams&>(params) = call;
+  params.dout = without_address(dout);
+  params.dq = without_address(dq);
+  params.dk = without_address(dk);
+  params.dv = without_address(dv);
+  params.heads_together = heads_together;
   return params;
 }
 
@@ -129,31 +132,12 @@ Pointer pointer(int64_t address) {
   return reinterpret_cast<Pointer>(address);
 }
 
-ForwardParams forward_params(const Strides& q, const Strides& k, const Strides& v,
-                             const Strides& out, int batch, int heads, int first_head,
-                             int head_count, int kv_heads, int seq, int head_dim, int head_dim_v,
-                             float scale, bool bfloat16, bool sm90,
-                             const std::vector<Branch>& branches, int device) {
+ForwardParams forward_params(const CallParams& call, const std::vector<Branch>& branches) {
   if (branches.size() > kMaxBranches) throw py::value_error("too many branches");
   ForwardParams params{};
-  params.q = without_address(q);
-  params.k = without_address(k);
-  params.v = without_address(v);
-  params.out = without_address(out);
-  params.batch = batch;
-  params.heads = heads;
-  params.first_head = first_head;
-  params.head_count = head_count;
-  params.kv_heads = kv_heads;
-  params.seq_q = params.seq_k = seq;
-  params.head_dim = head_dim;
-  params.head_dim_v = head_dim_v;
-  params.scale = scale;
-  params.element = element(bfloat16);
-  params.kernels = kernels(sm90);
+  static_cast<CallParams&>(params) = call;
   params.branch_count = static_cast<int>(branches.size());
   std::copy(branches.begin(), branches.end(), params.branches);
-  params.device = device;
   return params;
 }
 
@@ -198,7 +182,7 @@ struct BackwardCall {
       params.dv.data = pointer<void*>(dv);
       params.stats = pointer<RowStats*>(stats_rows);
       params.out.data = pointer<void*>(out);
-      params.lse = pointer<const float*>(lse);
+      params.lse = pointer<float*>(lse);
       params.dlse = pointer<const float*>(dlse);
       params.branch.blocks.rows = pointer<const uint32_t*>(
           params.owner == Owner::queries ? query_block_rows : key_block_rows);
@@ -295,13 +279,15 @@ PYBIND11_MODULE(_C, module) {
       .def("with_short_groups_together", &with_short_groups_together, py::arg("tile_rows"));
   module.def("cover", &cover_bytes, py::arg("branches"), py::arg("length"), py::arg("tile_queries"),
              py::arg("tile_keys"));
-  py::class_<BackwardParams>(module, "BackwardParams")
-      .def(py::init(&backward_params), py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"),
-           py::arg("dout"), py::arg("out"), py::arg("dq"), py::arg("dk"), py::arg("dv"),
-           py::arg("batch"), py::arg("heads"), py::arg("first_head"), py::arg("head_count"),
-           py::arg("heads_together"), py::arg("kv_heads"), py::arg("seq"), py::arg("head_dim"),
+  py::class_<CallParams>(module, "CallParams")
+      .def(py::init(&call_params), py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"),
+           py::arg("out"), py::arg("batch"), py::arg("heads"), py::arg("first_head"),
+           py::arg("head_count"), py::arg("kv_heads"), py::arg("seq"), py::arg("head_dim"),
            py::arg("head_dim_v"), py::arg("scale"), py::arg("bfloat16"), py::arg("sm90"),
            py::arg("device"));
+  py::class_<BackwardParams>(module, "BackwardParams")
+      .def(py::init(&backward_params), py::arg("call"), py::kw_only(), py::arg("dout"),
+           py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("heads_together"));
   py::class_<GradientLaunch>(module, "GradientLaunch")
       .def_property_readonly("first_head",
                              [](const GradientLaunch& x) { return x.params.first_head; })
@@ -329,11 +315,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("sm90_fits", &sm90_fits, py::arg("head_dim"), py::arg("head_dim_v"));
   module.def("driver_version", &driver_version);
   py::class_<ForwardParams>(module, "ForwardParams")
-      .def(py::init(&forward_params), py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"),
-           py::arg("out"), py::arg("batch"), py::arg("heads"), py::arg("first_head"),
-           py::arg("head_count"), py::arg("kv_heads"), py::arg("seq"), py::arg("head_dim"),
-           py::arg("head_dim_v"), py::arg("scale"), py::arg("bfloat16"), py::arg("sm90"),
-           py::arg("branches"), py::arg("device"));
+      .def(py::init(&forward_params), py::arg("call"), py::arg("branches"));
   py::class_<ForwardCall>(module, "ForwardCall")
       .def(py::init<std::vector<ForwardParams>>(), py::arg("launches"))
       .def("__call__", &ForwardCall::operator());

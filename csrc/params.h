@@ -25,7 +25,8 @@ struct TensorView {
   int row_stride;
 };
 
-struct ForwardParams {
+// What forward and backward launches share.
+struct CallParams {
   TensorView q;    // (batch, heads, seq_q, head_dim)
   TensorView k;    // (batch, kv_heads, seq_k, head_dim)
   TensorView v;    // (batch, kv_heads, seq_k, head_dim_v)
@@ -34,8 +35,8 @@ struct ForwardParams {
 
   int batch;
   int heads;       // of the tensors
-  int first_head;  // of this launch
-  int head_count;  // of this launch
+  int first_head;  // of this launch, a query head
+  int head_count;  // of this launch, query heads
   int kv_heads;    // divides heads
   int seq_q;
   int seq_k;           // equals seq_q
@@ -47,6 +48,11 @@ struct ForwardParams {
   float scale;
   Element element;
   Kernels kernels;
+  int device;
+  void* stream;  // cudaStream_t
+};
+
+struct ForwardParams : CallParams {
   Branch branches[kMaxBranches];
   int branch_count;
   // Merge with what out and lse already hold: the branches of the plan before these.
@@ -54,9 +60,6 @@ struct ForwardParams {
   // (1 + batch * head_count), overwritten: for the order of work on two branches in one launch; may
   // be null, the branches then run one launch after another.
   int* counters;
-
-  int device;
-  void* stream;  // cudaStream_t
 };
 
 // Runs the branches of a call one after another: launch(params) of one branch.
@@ -81,37 +84,17 @@ struct RowStats {
 // The rows whose gradients a backward launch sums: queries (dq), keys (dk and dv) or both at once.
 enum class Owner : int { queries, keys, both };
 
-struct BackwardParams {
-  TensorView q;     // (batch, heads, seq_q, head_dim)
-  TensorView k;     // (batch, kv_heads, seq_k, head_dim)
-  TensorView v;     // (batch, kv_heads, seq_k, head_dim_v)
+struct BackwardParams : CallParams {
   TensorView dout;  // (batch, heads, seq_q, head_dim_v)
   TensorView dq;    // as q, k and v
   TensorView dk;
   TensorView dv;
   RowStats* stats;    // (batch, heads, seq_q)
-  TensorView out;     // (batch, heads, seq_q, head_dim_v)
-  const float* lse;   // (batch, heads, seq_q)
   const float* dlse;  // likewise; may be null
 
-  int batch;
-  int heads;       // of the tensors
-  int first_head;  // of this launch, a query head
-  int head_count;  // of this launch, query heads
   // Query heads whose gradients are summed: 1 for dq. For dk and dv the group of a kv head; or 1 if
   // they have a head for each query head.
   int heads_together;
-  int kv_heads;  // divides heads
-  int seq_q;
-  int seq_k;           // equals seq_q
-  int first_position;  // of the first query; 0
-  int head_dim;        // multiples of 8
-  int head_dim_v;
-  const int* cu_seqlens;  // (batch + 1); null: every sequence has seq_q tokens
-
-  float scale;
-  Element element;
-  Kernels kernels;
   Owner owner;
   Branch branch;  // transposed unless queries own: its queries are the keys
   // Add to what the gradients already hold: the branches before this one.
@@ -124,14 +107,10 @@ struct BackwardParams {
   // where that kernel does not run.
   const uint32_t* query_blocks;
   void* workspace;
-
-  int device;
-  void* stream;  // cudaStream_t
 };
 
-// The kv head of a query head, for forward and backward params. (heads * kv_heads is no int.)
-template <class Params>
-HOST_DEVICE int kv_head_of(const Params& params, int head) {
+// The kv head of a query head. (heads * kv_heads is no int.)
+HOST_DEVICE int kv_head_of(const CallParams& params, int head) {
   return head / (params.heads / params.kv_heads);
 }
 

@@ -130,10 +130,12 @@ def run_steps(head_dim: int, head_dim_v: int, dtype: torch.dtype) -> int:
 def run_fault_in_kernel() -> None:
     """The forward kernel with an lse that is 8 rows short."""
     from sparse_attn.backends import cuda
+    from sparse_attn.tensor_meta import TensorMeta
 
     q = tensor(1, 1, 131, 64, dtype=torch.float16)
     lse = torch.empty(1, 1, 123, device="cuda")
-    cuda.forward(q, q, q, sa.Dense(), 0.125, torch.empty_like(q), lse, sm90=False)
+    call = cuda.ForwardCall(sa.Dense(), 0.125, *[TensorMeta.of(q)] * 4, sm90=False)
+    call(q, q, q, None, torch.empty_like(q), lse)
     torch.cuda.synchronize()
 
 

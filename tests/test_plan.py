@@ -275,13 +275,12 @@ def head_range(
     """Some heads, and branches of their plan in both directions."""
     from sparse_attn.backends.cuda import _native_branch
 
-    call = _C.BackwardParams(
-        **dict.fromkeys(("q", "k", "v", "dout", "out", "dq", "dk", "dv"), (0, 0, 0)),
+    call = _C.CallParams(
+        **dict.fromkeys(("q", "k", "v", "out"), (0, 0, 0)),
         batch=2,
         heads=head_count,
         first_head=0,
         head_count=head_count,
-        heads_together=heads_together,
         kv_heads=head_count // heads_together,
         seq=n,
         head_dim=head_dims[0],
@@ -291,7 +290,9 @@ def head_range(
         sm90=sm90,
         device=0,
     )
-    return call, *(tuple(map(_native_branch, x)) for x in (branches, transposed(branches)))
+    strides = dict.fromkeys(("dout", "dq", "dk", "dv"), (0, 0, 0))
+    params = _C.BackwardParams(call, **strides, heads_together=heads_together)
+    return params, *(tuple(map(_native_branch, x)) for x in (branches, transposed(branches)))
 
 
 def kernels(gradients: Any) -> list[str]:

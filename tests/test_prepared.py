@@ -282,10 +282,16 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[tuple[list[Any], tuple[int, ...]]] = []
 
-    def ForwardParams(self, **params: Any) -> dict[str, Any]:
+    def CallParams(self, **params: Any) -> dict[str, Any]:
         return params
 
-    BackwardParams = BlockRowsParams = ForwardParams
+    BlockRowsParams = CallParams
+
+    def ForwardParams(self, call: dict[str, Any], branches: Any) -> dict[str, Any]:
+        return {**call, "branches": branches}
+
+    def BackwardParams(self, call: dict[str, Any], **params: Any) -> dict[str, Any]:
+        return {**call, **params}
 
     def ForwardCall(self, launches: list[dict[str, Any]]) -> Any:
         return lambda *addresses: self.calls.append((launches, addresses))
@@ -329,7 +335,9 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     q, k, v = inputs
     out, lse = q.new_empty((*q.shape[:3], v.shape[3])), torch.empty(q.shape[:3])
-    cuda.forward(q, k, v, pattern, scale, out, lse, sm90=True)
+    metas = (TensorMeta.of(x) for x in (q, k, v, out))
+    layout = pattern.layout if isinstance(pattern, sa.BlockSparse) else None
+    cuda.ForwardCall(pattern, scale, *metas, sm90=True)(q, k, v, layout, out, lse)
     return out, lse
 
 

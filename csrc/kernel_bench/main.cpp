@@ -29,14 +29,14 @@ extern "C" cudaError_t cudaProfilerStop();
 namespace sparse_attn::kernel_bench {
 namespace {
 
-// What forward and backward params share.
-template <class Params>
-Params params_of(const Tensors& tensors, Kernels kernels, int device) {
-  Params params{};
+CallParams call_params(const Tensors& tensors, Kernels kernels, int device) {
+  CallParams params{};
   params.kernels = kernels;
   params.q = tensors.view(tensors.q, tensors.heads, tensors.head_dim);
   params.k = tensors.view(tensors.k, tensors.kv_heads, tensors.head_dim);
   params.v = tensors.view(tensors.v, tensors.kv_heads, tensors.head_dim_v);
+  params.out = tensors.view(tensors.out, tensors.heads, tensors.head_dim_v);
+  params.lse = tensors.lse.data();
   params.batch = tensors.batch;
   params.heads = tensors.heads;
   params.head_count = tensors.heads;
@@ -51,9 +51,8 @@ Params params_of(const Tensors& tensors, Kernels kernels, int device) {
 }
 
 void run_forward(const PlanFile& plan, const Tensors& tensors, Kernels kernels, int device) {
-  auto params = params_of<ForwardParams>(tensors, kernels, device);
-  params.out = tensors.view(tensors.out, tensors.heads, tensors.head_dim_v);
-  params.lse = tensors.lse.data();
+  ForwardParams params{};
+  static_cast<CallParams&>(params) = call_params(tensors, kernels, device);
   params.counters = tensors.counters.data();
   const std::vector<Branch>& branches = plan.branches;
   for (size_t i = 0; i < branches.size(); i += params.branch_count, params.merge = true) {
@@ -99,13 +98,12 @@ class Backward {
  private:
   static Gradients gradients_of(const PlanFile& plan, const Tensors& tensors, Kernels kernels,
                                 int device) {
-    auto call = params_of<BackwardParams>(tensors, kernels, device);
+    BackwardParams call{};
+    static_cast<CallParams&>(call) = call_params(tensors, kernels, device);
     call.dout = tensors.view(tensors.dout, tensors.heads, tensors.head_dim_v);
-    call.out = tensors.view(tensors.out, tensors.heads, tensors.head_dim_v);
     call.dq = tensors.view(tensors.dq, tensors.heads, tensors.head_dim);
     call.dk = tensors.view(tensors.dk, tensors.kv_heads, tensors.head_dim);
     call.dv = tensors.view(tensors.dv, tensors.kv_heads, tensors.head_dim_v);
-    call.lse = tensors.lse.data();
     call.heads_together = tensors.heads / tensors.kv_heads;
     Gradients gradients = Gradients::of({{call, plan.branches, plan.transposed}});
     if (gradients.keeps_stats) {

@@ -38,24 +38,19 @@ class Branch:
 
 def cover(branches: list[Branch], length: int, tile_queries: int, tile_keys: int) -> bytes: ...
 
-# What the backward launches of neighbouring heads share; heads_together: of dk and dv.
-class BackwardParams:
+# What the launches of neighbouring heads share; strides are of batch, head and row, in elements.
+class CallParams:
     def __init__(
         self,
         *,
         q: tuple[int, int, int],
         k: tuple[int, int, int],
         v: tuple[int, int, int],
-        dout: tuple[int, int, int],
         out: tuple[int, int, int],
-        dq: tuple[int, int, int],
-        dk: tuple[int, int, int],
-        dv: tuple[int, int, int],
         batch: int,
         heads: int,
         first_head: int,
         head_count: int,
-        heads_together: int,
         kv_heads: int,
         seq: int,
         head_dim: int,
@@ -64,6 +59,18 @@ class BackwardParams:
         bfloat16: bool,
         sm90: bool,
         device: int,
+    ) -> None: ...
+
+class BackwardParams:
+    def __init__(
+        self,
+        call: CallParams,
+        *,
+        dout: tuple[int, int, int],
+        dq: tuple[int, int, int],
+        dk: tuple[int, int, int],
+        dv: tuple[int, int, int],
+        heads_together: int,  # of dk and dv
     ) -> None: ...
 
 class GradientLaunch:
@@ -95,29 +102,8 @@ def head_dims() -> list[tuple[int, int]]: ...
 def sm90_fits(head_dim: int, head_dim_v: int) -> bool: ...
 def driver_version() -> int: ...
 
-# A launch, complete but for addresses and stream; strides are of batch, head and row, in elements.
 class ForwardParams:
-    def __init__(
-        self,
-        *,
-        q: tuple[int, int, int],
-        k: tuple[int, int, int],
-        v: tuple[int, int, int],
-        out: tuple[int, int, int],
-        batch: int,
-        heads: int,
-        first_head: int,
-        head_count: int,
-        kv_heads: int,
-        seq: int,
-        head_dim: int,
-        head_dim_v: int,
-        scale: float,
-        bfloat16: bool,
-        sm90: bool,
-        branches: tuple[Branch, ...],  # at most 2
-        device: int,
-    ) -> None: ...
+    def __init__(self, call: CallParams, branches: tuple[Branch, ...]) -> None: ...  # at most 2
 
 # The launches of a call; all arguments but the stream are addresses, 0 for none.
 class ForwardCall:

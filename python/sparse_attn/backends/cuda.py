@@ -110,23 +110,6 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    pattern: Pattern,
-    scale: float,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    *,
-    sm90: bool,
-) -> None:
-    """Attention into ``out`` and ``lse``, prepared for this one call."""
-    metas = (TensorMeta.of(x) for x in (q, k, v, out))
-    layout = pattern.layout if isinstance(pattern, BlockSparse) else None
-    ForwardCall(pattern, scale, *metas, sm90=sm90)(q, k, v, layout, out, lse)
-
-
 class ForwardCall:
     """A forward call, prepared for tensors of some shapes and strides: all but their addresses."""
 
@@ -299,20 +282,10 @@ def _forward_launches(
     sm90: bool,
 ) -> _C.ForwardCall:
     """One for each range of heads."""
-    call = {
-        **_strides(q=q, k=k, v=v, out=out),
-        **_sizes(q, k, v),
-        "scale": scale,
-        "sm90": sm90,
-    }
     launches = [
         native().ForwardParams(
-            branches=_with_layout(
-                native_plan(pattern, q.shape[2]), pattern, q.shape[2], layout_heads
-            ),
-            first_head=heads.start,
-            head_count=len(heads),
-            **call,
+            _call_params(q, k, v, out, scale, sm90, heads),
+            _with_layout(native_plan(pattern, q.shape[2]), pattern, q.shape[2], layout_heads),
         )
         for heads, pattern in _head_ranges(rule, q.shape[1])
     ]
@@ -343,13 +316,7 @@ def _backward_launches(
     sm90: bool,
 ) -> _BackwardLaunches:
     """The statistics of the queries; then dq, dk and dv for each range of heads and each branch."""
-    call = {
-        **_strides(q=q, k=k, v=v, dout=dout, out=out, dq=dq, dk=dk, dv=dv),
-        **_sizes(q, k, v),
-        "heads_together": group,
-        "scale": scale,
-        "sm90": sm90,
-    }
+    strides = _strides(dout=dout, dq=dq, dk=dk, dv=dv)
     ranges = []
     for heads, pattern in _head_ranges(rule, q.shape[1]):
         both_ways = (
@@ -358,7 +325,8 @@ def _backward_launches(
             )
             for transposed in (False, True)
         )
-        params = native().BackwardParams(first_head=heads.start, head_count=len(heads), **call)
+        call = _call_params(q, k, v, out, scale, sm90, heads)
+        params = native().BackwardParams(call, **strides, heads_together=group)
         ranges.append((params, *both_ways))
     gradients = native().Gradients(ranges)
     return _BackwardLaunches(
@@ -430,18 +398,32 @@ def _words(blocks: int) -> int:
     return -(-blocks // 32)
 
 
-def _sizes(q: TensorMeta, k: TensorMeta, v: TensorMeta) -> dict[str, Any]:
-    batch, heads, seq, head_dim = q.shape
-    return {
-        "batch": batch,
-        "heads": heads,
-        "kv_heads": k.shape[1],
-        "seq": seq,
-        "head_dim": head_dim,
-        "head_dim_v": v.shape[3],
-        "bfloat16": q.dtype == torch.bfloat16,
-        "device": q.device.index,
-    }
+def _call_params(
+    q: TensorMeta,
+    k: TensorMeta,
+    v: TensorMeta,
+    out: TensorMeta,
+    scale: float,
+    sm90: bool,
+    heads: range,
+) -> _C.CallParams:
+    """What the launches of some heads share."""
+    batch, all_heads, seq, head_dim = q.shape
+    return native().CallParams(
+        **_strides(q=q, k=k, v=v, out=out),
+        batch=batch,
+        heads=all_heads,
+        first_head=heads.start,
+        head_count=len(heads),
+        kv_heads=k.shape[1],
+        seq=seq,
+        head_dim=head_dim,
+        head_dim_v=v.shape[3],
+        scale=scale,
+        bfloat16=q.dtype == torch.bfloat16,
+        sm90=sm90,
+        device=q.device.index,
+    )
 
 
 def _strides(**metas: TensorMeta) -> dict[str, tuple[int, ...]]:
