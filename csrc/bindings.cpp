@@ -8,7 +8,6 @@
 #include <array>
 #include <cstdint>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -102,13 +101,11 @@ BackwardParams backward_params(const CallParams& call, const Strides& dout, cons
   return params;
 }
 
-using HeadRangeArgument = std::tuple<BackwardParams, std::vector<Branch>, std::vector<Branch>>;
+using HeadRangeArgument = std::pair<BackwardParams, std::vector<Branch>>;
 
 Gradients gradients(const std::vector<HeadRangeArgument>& arguments) {
   std::vector<HeadRange> ranges;
-  for (const auto& [call, branches, transposed] : arguments) {
-    ranges.push_back({call, branches, transposed});
-  }
+  for (const auto& [call, branches] : arguments) ranges.push_back({call, branches});
   return Gradients::of(ranges);
 }
 

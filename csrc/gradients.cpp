@@ -13,7 +13,6 @@ namespace {
 
 namespace band = sm90::backward_band;
 namespace ordered = sm90::backward_ordered;
-using Branches = std::vector<Branch>::const_iterator;
 
 // The same pairs, one branch for each key view.
 std::vector<Branch> by_key_view(const Branch& branch) {
@@ -32,15 +31,33 @@ std::vector<Branch> by_key_view(const Branch& branch) {
   return parts;
 }
 
-// One launch for all gradients of a branch, transposed `keys`, if a kernel takes it. finds_stats:
+Part exchanged(Part part) {
+  return part == Part::before ? Part::after : part == Part::after ? Part::before : part;
+}
+
+// Keys as queries: the queries of every key of a branch with one key view. Those whose run holds a
+// key are the run around it with past and future exchanged, and those whose run begins after it
+// come after that run.
+Branch transposed(const Branch& branch) {
+  Branch keys = branch;
+  keys.queries = branch.segments[0].keys;
+  keys.run.past = branch.run.future;
+  keys.run.future = branch.run.past;
+  for (int i = 0; i < branch.segment_count; ++i) {
+    keys.segments[i] = {branch.queries, exchanged(branch.segments[i].part)};
+  }
+  return keys;
+}
+
+// One launch for all gradients of a branch with one key view, if a kernel takes it. finds_stats:
 // whether that kernel can.
-std::optional<GradientLaunch> launch_at_once(const BackwardParams& call, const Branch& branch,
-                                             const Branch& keys) {
+std::optional<GradientLaunch> launch_at_once(const BackwardParams& call, const Branch& branch) {
   if (call.kernels != Kernels::sm90 || call.heads_together != 1) return std::nullopt;
   GradientLaunch launch{call, 0, true};
   launch.params.owner = Owner::both;
-  launch.params.branch = keys;
-  if (greatest(call.head_dim, call.head_dim_v) <= band::kMostHeadDim && band::fits(keys)) {
+  launch.params.branch = transposed(branch);
+  if (greatest(call.head_dim, call.head_dim_v) <= band::kMostHeadDim &&
+      band::fits(launch.params.branch)) {
     launch.params.finds_stats = true;
     return launch;
   }
@@ -64,7 +81,7 @@ void add_at_once(std::vector<GradientLaunch>& launches, GradientLaunch launch) {
 
 // dq of a branch; then dk and dv of each of its key views.
 void add_two_owners(std::vector<GradientLaunch>& launches, const BackwardParams& call,
-                    const Branch& branch, Branches keys, Branches end) {
+                    const Branch& branch, const std::vector<Branch>& parts) {
   GradientLaunch launch{call, 0, true};
   launch.params.owner = Owner::queries;
   launch.params.branch = branch;
@@ -73,48 +90,36 @@ void add_two_owners(std::vector<GradientLaunch>& launches, const BackwardParams&
   launches.push_back(launch);
   launch.params.owner = Owner::keys;
   launch.params.heads_together = call.heads_together;
-  for (; keys != end; ++keys, launch.params.accumulate = true) {
-    launch.params.branch = *keys;
+  for (const Branch& part : parts) {
+    launch.params.branch = transposed(part);
     launches.push_back(launch);
+    launch.params.accumulate = true;
   }
 }
 
 // The key views of a branch go apart where one launch then sums all gradients of one of them.
 void add_branch(std::vector<GradientLaunch>& launches, const BackwardParams& call,
-                const Branch& branch, const std::vector<Branch>& parts, Branches keys) {
+                const Branch& branch) {
+  const std::vector<Branch> parts = by_key_view(branch);
   std::vector<std::optional<GradientLaunch>> at_once;
-  for (size_t i = 0; i < parts.size(); ++i) {
-    at_once.push_back(launch_at_once(call, parts[i], keys[i]));
-  }
+  for (const Branch& part : parts) at_once.push_back(launch_at_once(call, part));
   if (std::none_of(at_once.begin(), at_once.end(), [](const auto& x) { return x.has_value(); })) {
-    return add_two_owners(launches, call, branch, keys, keys + parts.size());
+    return add_two_owners(launches, call, branch, parts);
   }
   for (size_t i = 0; i < parts.size(); ++i) {
     if (at_once[i]) {
       add_at_once(launches, *at_once[i]);
     } else {
-      add_two_owners(launches, call, parts[i], keys + i, keys + i + 1);
+      add_two_owners(launches, call, parts[i], {parts[i]});
     }
   }
 }
 
 // finds_stats: whether the kernel of a launch can.
 std::vector<GradientLaunch> launches_of(const HeadRange& range) {
-  std::vector<std::vector<Branch>> parts;
-  size_t key_views = 0;
-  for (const Branch& branch : range.branches) {
-    parts.push_back(by_key_view(branch));
-    key_views += parts.back().size();
-  }
-  if (key_views == 0 || key_views != range.transposed.size()) {
-    throw std::invalid_argument("each key view of a branch has one transposed branch");
-  }
+  if (range.branches.empty()) throw std::invalid_argument("a plan has a branch");
   std::vector<GradientLaunch> launches;
-  Branches keys = range.transposed.begin();
-  for (size_t i = 0; i < parts.size(); ++i) {
-    add_branch(launches, range.call, range.branches[i], parts[i], keys);
-    keys += parts[i].size();
-  }
+  for (const Branch& branch : range.branches) add_branch(launches, range.call, branch);
   if (std::all_of(launches.begin(), launches.end(), finds_stats)) {
     // The last first: adding to neighbours is faster than to residues.
     const std::vector<GradientLaunch> reversed(launches.rbegin(), launches.rend());

@@ -12,9 +12,8 @@ namespace sparse_attn {
 
 // Neighbouring heads of one plan.
 struct HeadRange {
-  BackwardParams call;             // what its launches share; heads_together: for dk and dv
-  std::vector<Branch> branches;    // of the plan
-  std::vector<Branch> transposed;  // of each key view of each branch
+  BackwardParams call;           // what its launches share; heads_together: for dk and dv
+  std::vector<Branch> branches;  // of the plan
 };
 
 struct GradientLaunch {

@@ -78,13 +78,12 @@ def parse(text: str) -> dict[str, Any]:
             segments.append(Segment(view(words), part))  # type: ignore[arg-type]
         return Branch(queries, run, tuple(segments))
 
-    assert value("sparse_attn") == "plan 1"
+    assert value("sparse_attn") == "plan 2"
     result: dict[str, Any] = {"name": value("name")}
     length = result["length"] = int(value("length"))
     result["pairs"] = int(value("pairs"))
     result["zero_key_gradients"] = int(value("zero_key_gradients"))
-    for name in ("branches", "transposed"):
-        result[name] = tuple(branch() for _ in range(int(value(name))))
+    result["branches"] = tuple(branch() for _ in range(int(value("branches"))))
     assert value("end") == "" and next(lines, None) is None
     return result
 
@@ -99,7 +98,6 @@ class TestText:
         assert parsed["name"] == pattern.spec
         assert parsed["length"] == n
         assert parsed["branches"] == branches
-        assert parsed["transposed"] == tuple(x for branch in branches for x in branch.transposed())
         assert parsed["pairs"] == int(mask.sum())
 
     @each_pattern
@@ -108,7 +106,7 @@ class TestText:
         parsed = parse(plan_text(pattern, n))
         written = torch.zeros(n, dtype=torch.bool)
         # The first branch writes, the others add.
-        first = parsed["transposed"][0].queries
+        first = parsed["branches"][0].segments[0].keys
         for group in range(first.groups):
             for row in range(int(first.rows(group))):
                 written[int(first.position(group, row))] = True
@@ -179,7 +177,6 @@ int main() {
     std::printf("%s\\n%d %lld %d\\n", plan.name.c_str(), plan.length,
                 static_cast<long long>(plan.pairs), plan.zero_key_gradients);
     print(plan.branches);
-    print(plan.transposed);
   } catch (const std::exception& error) {
     std::printf("%s\\n", error.what());
     return 2;
@@ -197,7 +194,7 @@ def printed(pattern: sa.Pattern, n: int) -> str:
         numbers = (view.groups, view.max_rows, view.offset, view.group_step)
         lines.append(" ".join(map(str, (*numbers, view.run, view.run_stride))))
 
-    for branch in (*parsed["branches"], *parsed["transposed"]):
+    for branch in parsed["branches"]:
         add(branch.queries)
         run = branch.run
         lines.append(" ".join(map(str, map(int, (run.window, run.past, run.future, *run.chunks)))))
@@ -243,7 +240,7 @@ class TestReader:
     @pytest.mark.parametrize(
         ("old", "new", "error"),
         [
-            ("plan 1\n", "plan 2\n", "plan.txt:1: wanted 'sparse_attn plan 1'"),
+            ("plan 2\n", "plan 1\n", "plan.txt:1: wanted 'sparse_attn plan 2'"),
             ("length 131", "length 0", "plan.txt:3: length is 0, must be from 1 to 1073741824"),
             ("length 131", "length", "plan.txt:3: length must be an integer, found ''"),
             ("length 131", "length 131 7", "plan.txt:3: wanted the end of the line, found '7'"),
@@ -256,8 +253,7 @@ class TestReader:
             ("chunks 0", "chunks 5 1 2 3 4 5", "plan.txt:8: chunks is 5, must be from 0 to 4"),
             ("past 1", "past 2", "plan.txt:8: past is 2, must be from 0 to 1"),
             ("keys inside", "keys around", "plan.txt:10: wanted 'before', 'inside' or 'after'"),
-            ("window 16", "window 15", "plan.txt:14: branches have "),
-            ("past 0 future 1", "past 0 future 0", "transposed have "),
+            ("window 16", "window 15", "plan.txt:14: the branches have "),
             ("end\n", "", "the file ends here"),
             ("end\n", "end\nend\n", "wanted the end of the file, found 'end'"),
         ],
@@ -289,7 +285,7 @@ int main() {
   call.seq_q = call.seq_k = plan.length;
   call.head_dim = call.head_dim_v = 64;
   call.kernels = Kernels::sm90;
-  const Gradients gradients = Gradients::of({{call, plan.branches, plan.transposed}});
+  const Gradients gradients = Gradients::of({{call, plan.branches}});
   for (const GradientLaunch& launch : gradients.launches) {
     std::printf("%d %d %d %lld %d\\n", static_cast<int>(launch.params.owner),
                 launch.params.accumulate, launch.params.finds_stats,
@@ -403,9 +399,9 @@ class TestProgram:
         assert backward["gb_per_s"] == pytest.approx(1e-9 * backward["bytes"] / seconds, rel=1e-4)
 
     def test_finds_wrong_gradients(self, kernel_bench: str, tmp_path: Path) -> None:
-        text = plan_text(sa.Local(16), 131)
-        # As many pairs, but each key gets the queries before it.
-        wrong = text.replace("past 0 future 1", "past 1 future 0")
+        text = plan_text(sa.Summary(16, 3), 131)
+        # What no launch writes holds NaN.
+        wrong = text.replace("zero_key_gradients 1", "zero_key_gradients 0")
         assert wrong != text
         status, report = run(kernel_bench, tmp_path / "plan", wrong, "--dtype", "float16")
         assert status == 1 and not report["correct"] and not report["times"]
@@ -421,8 +417,7 @@ class TestProgram:
                 "longer": sa.Local(24),
             }.items()
         }
-        head, first, second, third, tail = plan_text(sa.Strided(16), n).split("window 16")
-        text = f"{head}window 24{first}window 16{second}window 24{third}window 16{tail}"
+        text = plan_text(sa.Strided(16), n).replace("window 16", "window 24", 1)
         both = pairs["right"] - pairs["near"] + pairs["longer"]
         text = text.replace(f"pairs {pairs['right']}", f"pairs {both}")
         status, report = run(kernel_bench, tmp_path / "plan", text, "--dtype", "float16")

@@ -82,21 +82,10 @@ def head_patterns(case: Case) -> list[tuple[Any, torch.Tensor]]:
     ]
 
 
-def transposed(branches: tuple[Branch, ...]) -> tuple[Branch, ...]:
-    return tuple(part for branch in branches for part in branch.transposed())
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_plan_covers_the_mask(case: Case) -> None:
     for pattern, mask in head_patterns(case):
         assert_covers(plan(pattern, case.n), mask)
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if case.n <= 1000], ids=str)
-def test_transposed_plan_covers_the_mask(case: Case) -> None:
-    """The queries of a key are intervals too."""
-    for pattern, mask in head_patterns(case):
-        assert_covers(transposed(plan(pattern, case.n)), mask.T)
 
 
 def test_walk_fails_on_planted_errors() -> None:
@@ -124,10 +113,8 @@ def test_plan_of_blocks_is_all_pairs_until_it_gets_a_layout(block: int, causal: 
     count = -(-n // block)
     pattern = sa.BlockSparse(torch.zeros(3, count, count, dtype=torch.bool), block, causal=causal)
     branches = plan(pattern, n)
-    mask = oracle.mask((("dense",),), causal, n)
-    assert_covers(branches, mask)
-    assert_covers(transposed(branches), mask.T)
-    assert [branch.block for branch in (*branches, *transposed(branches))] == [block] * 2
+    assert_covers(branches, oracle.mask((("dense",),), causal, n))
+    assert [branch.block for branch in branches] == [block]
     assert all(branch.block == 0 for branch in plan(sa.Strided(16), n))
 
 
@@ -171,7 +158,6 @@ def test_plan_covers_any_union(drawn: tuple[oracle.Members, bool, int]) -> None:
     pattern, mask = to_pattern(members, causal), oracle.mask(members, causal, n)
     assert pattern.mask(n).equal(mask)
     assert_covers(plan(pattern, n), mask)
-    assert_covers(transposed(plan(pattern, n)), mask.T)
     assert pattern.keys_per_query(n).equal(mask.sum(-1))
 
 
@@ -205,12 +191,19 @@ def packed_rows(kept: torch.Tensor, past: bool, future: bool) -> np.ndarray:
 def assert_native_covers(
     pattern: Any, mask: torch.Tensor, tiles: tuple[int, int], kept: torch.Tensor | None = None
 ) -> None:
-    """``kept``: bool (blocks, blocks) of a layout, which the kernels read packed."""
+    """The plan, and the branches of the launches that sum dk and dv, where keys are the queries.
+
+    ``kept``: bool (blocks, blocks) of a layout, which the kernels read packed.
+    """
     from sparse_attn.backends.cuda import native_plan
 
     n = mask.shape[0]
-    for is_transposed, wanted in ((False, mask), (True, mask.T)):
-        branches = native_plan(pattern, n, transposed=is_transposed)
+    launches = _C.Gradients([head_range(plan(pattern, n), n, sm90=False)]).launches
+    keys = tuple(launch.branch for launch in launches if launch.owner == KEYS)
+    for branches, is_transposed, wanted in (
+        (native_plan(pattern, n), False, mask),
+        (keys, True, mask.T),
+    ):
         if kept is not None:
             past, future = (not pattern.causal or is_transposed == later for later in (False, True))
             rows = packed_rows((kept.T if is_transposed else kept)[None], past, future)
@@ -272,7 +265,7 @@ def head_range(
     heads_together: int = 1,
     head_count: int = 6,
 ) -> Any:
-    """Some heads, and branches of their plan in both directions."""
+    """Some heads, and branches of their plan."""
     from sparse_attn.backends.cuda import _native_branch
 
     call = _C.CallParams(
@@ -292,7 +285,7 @@ def head_range(
     )
     strides = dict.fromkeys(("dout", "dq", "dk", "dv"), (0, 0, 0))
     params = _C.BackwardParams(call, **strides, heads_together=heads_together)
-    return params, *(tuple(map(_native_branch, x)) for x in (branches, transposed(branches)))
+    return params, tuple(map(_native_branch, branches))
 
 
 def kernels(gradients: Any) -> list[str]:
@@ -369,12 +362,9 @@ def test_bands_add_to_neighbours() -> None:
 
 
 @needs_native
-def test_launches_want_the_transposed_branch_of_each_key_view() -> None:
-    call, branches, keys = head_range(plan(sa.Fixed(64, 24), 200), 200)
-    assert len(branches) == 1 and len(keys) == 2
-    for wrong in ((), keys[:1], (*keys, keys[0])):
-        with pytest.raises(ValueError, match="each key view"):
-            _C.Gradients([(call, branches, wrong)])
+def test_a_plan_without_a_branch_has_no_launches() -> None:
+    with pytest.raises(ValueError, match="a plan has a branch"):
+        _C.Gradients([head_range((), 200)])
 
 
 @needs_native
@@ -399,27 +389,23 @@ def summed_at_once(pattern: Any, n: int) -> list[bool]:
         at_once.append(len(launches) == 1 and not launches[0].workspace)
         if not at_once[-1]:
             continue
-        (keys,) = branch.transposed()
-        reach = 1 if keys.queries.max_rows <= 128 else 2
-        for group in range(keys.queries.groups):
-            rows = np.arange(int(keys.queries.rows(group)))
-            tokens = keys.queries.position(group, rows)
-            first, end = keys.segments[0].bounds(keys.run, group, tokens)
+        view, (segment,) = branch.queries, branch.segments
+        assert segment.keys == view
+        before = 0 if view.max_rows <= 128 else 128
+        for group in range(view.groups):
+            rows = np.arange(int(view.rows(group)))
+            first, end = segment.bounds(branch.run, group, view.position(group, rows))
             own = rows // 128 * 128
-            assert ((first >= end) | (first >= own) & (end <= own + reach * 128)).all()
+            assert ((first >= end) | (first >= own - before) & (end <= own + 128)).all()
     return at_once
 
 
 def bytes_for_dq(
     pattern: Any, n: int, head_dim: int, head_dim_v: int, head_count: int = 3
 ) -> list[int]:
-    """What launches that sum dq in turns borrow, by branch and key view; 0: other kernels run."""
-    head_dims = head_dim, head_dim_v
-    return [
-        _C.Gradients([head_range((part,), n, head_dims, head_count=head_count)]).workspace
-        for branch in plan(pattern, n)
-        for part in branch.by_key_view()
-    ]
+    """What the launches that sum dq borrow to do so in turns; 0: other kernels run."""
+    heads = head_range(plan(pattern, n), n, (head_dim, head_dim_v), head_count=head_count)
+    return [launch.workspace for launch in _C.Gradients([heads]).launches if launch.owner != KEYS]
 
 
 @needs_native

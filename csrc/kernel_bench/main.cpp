@@ -105,7 +105,7 @@ class Backward {
     call.dk = tensors.view(tensors.dk, tensors.kv_heads, tensors.head_dim);
     call.dv = tensors.view(tensors.dv, tensors.kv_heads, tensors.head_dim_v);
     call.heads_together = tensors.heads / tensors.kv_heads;
-    Gradients gradients = Gradients::of({{call, plan.branches, plan.transposed}});
+    Gradients gradients = Gradients::of({{call, plan.branches}});
     if (gradients.keeps_stats) {
       for (GradientLaunch& launch : gradients.launches) {
         launch.params.stats = tensors.stats.data();

@@ -180,13 +180,13 @@ int64_t count_pairs(const std::vector<Branch>& branches) {
   return pairs;
 }
 
-std::vector<Branch> read_branches(Reader& reader, const char* name, int length, int64_t pairs) {
-  std::vector<Branch> branches(reader.line(name, 1, kMostBranches));
+std::vector<Branch> read_branches(Reader& reader, int length, int64_t pairs) {
+  std::vector<Branch> branches(reader.line("branches", 1, kMostBranches));
   for (Branch& branch : branches) branch = read_branch(reader, length);
   const int64_t counted = count_pairs(branches);
   if (counted != pairs) {
-    reader.fail(std::string(name) + " have " + std::to_string(counted) +
-                " pairs, the line 'pairs' says " + std::to_string(pairs));
+    reader.fail("the branches have " + std::to_string(counted) + " pairs, the line 'pairs' says " +
+                std::to_string(pairs));
   }
   return branches;
 }
@@ -197,8 +197,8 @@ PlanFile read_plan(std::istream& input, const std::string& path) {
   Reader reader(input, path);
   PlanFile plan{};
   reader.next_line();
-  if (reader.rest_of_line() != "sparse_attn plan 1") {
-    reader.fail("wanted 'sparse_attn plan 1': write the file with `python -m sparse_attn plan`");
+  if (reader.rest_of_line() != "sparse_attn plan 2") {
+    reader.fail("wanted 'sparse_attn plan 2': write the file with `python -m sparse_attn plan`");
   }
   reader.next_line();
   reader.expect("name");
@@ -206,8 +206,7 @@ PlanFile read_plan(std::istream& input, const std::string& path) {
   plan.length = static_cast<int>(reader.line("length", 1, kMostTokens));
   plan.pairs = reader.line("pairs", 0, int64_t{plan.length} * plan.length);
   plan.zero_key_gradients = reader.line("zero_key_gradients", 0, 1) != 0;
-  plan.branches = read_branches(reader, "branches", plan.length, plan.pairs);
-  plan.transposed = read_branches(reader, "transposed", plan.length, plan.pairs);
+  plan.branches = read_branches(reader, plan.length, plan.pairs);
   reader.next_line();
   reader.expect("end");
   reader.end_line();

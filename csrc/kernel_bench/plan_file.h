@@ -15,10 +15,9 @@ struct PlanFile {
   std::string name;  // for reports
   int length;
   int64_t pairs;  // attended (query, key) pairs of one head
-  // No transposed branch lists some key: dk and dv must be 0 before the first one.
+  // The first key view lacks some key: dk and dv must be 0 before the first launch.
   bool zero_key_gradients;
   std::vector<Branch> branches;
-  std::vector<Branch> transposed;  // keys as queries, for dk and dv
 };
 
 // Throws std::runtime_error, with path and line, on anything but a whole and consistent plan.

@@ -77,7 +77,7 @@ class GradientLaunch:
     first_head: int
     head_count: int
     owner: int  # 0 queries: dq; 1 keys: dk and dv; 2: all
-    branch: Branch  # transposed unless queries own
+    branch: Branch  # keys as queries unless queries own
     accumulate: bool
     finds_stats: bool  # of the queries, for itself and the launches after it
     workspace: int  # bytes
@@ -91,8 +91,7 @@ class Gradients:
     workspace: int  # bytes, shared by the launches
     def __init__(
         self,
-        # Of each range of heads: its plan, and the transposed one.
-        ranges: list[tuple[BackwardParams, tuple[Branch, ...], tuple[Branch, ...]]],
+        ranges: list[tuple[BackwardParams, tuple[Branch, ...]]],  # of heads, with their plan
     ) -> None: ...
 
 def build_info() -> dict[str, str]: ...

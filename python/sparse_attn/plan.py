@@ -13,7 +13,7 @@ Nothing here, and nothing below, knows a pattern's name. The same arithmetic sta
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -135,31 +135,6 @@ class Branch:
     # Tokens in a block, where a layout says which key blocks each query block attends: queries and
     # keys are in token order then. 0 without a layout.
     block: int = 0
-
-    def by_key_view(self) -> tuple[Branch, ...]:
-        """The same pairs, one branch for each key view."""
-        return tuple(
-            replace(self, segments=tuple(x for x in self.segments if x.keys == keys))
-            for keys in dict.fromkeys(segment.keys for segment in self.segments)
-        )
-
-    def transposed(self) -> tuple[Branch, ...]:
-        """Keys as queries: for each key view, the branch that lists the queries of every key.
-
-        The queries whose run holds token j are the run around j with past and future exchanged,
-        and those whose run begins after j come after that run.
-        """
-        run = replace(self.run, past=self.run.future, future=self.run.past)
-        exchanged: dict[Part, Part] = {"before": "after", "inside": "inside", "after": "before"}
-        return tuple(
-            Branch(
-                part.segments[0].keys,
-                run,
-                tuple(Segment(self.queries, exchanged[x.part]) for x in part.segments),
-                self.block,
-            )
-            for part in self.by_key_view()
-        )
 
 
 def token_order(length: int) -> SequenceView:

@@ -1,22 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """A plan as text, for programs without Python: ``csrc/kernel_bench/plan_file.h`` reads it.
 
-One fact a line, every number behind its name, in a fixed order; ``branches`` and ``transposed`` are
-followed by that many branches. The name of the pattern is there for reports alone.
+One fact a line, every number behind its name, in a fixed order; ``branches`` is followed by that
+many branches. The name of the pattern is there for reports alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from .patterns import Pattern, PerHead, check_size
 from .plan import Branch, SequenceView, keys_per_query, plan
 
-VERSION = 1
+VERSION = 2
 
 
 def plan_text(pattern: Pattern, length: int) -> str:
-    """The plan of a pattern at ``length`` >= 1 tokens, in both directions.
+    """The plan of a pattern at ``length`` >= 1 tokens.
 
     >>> from sparse_attn import Local
     >>> print(plan_text(Local(2), 3).splitlines()[3])
@@ -28,7 +26,6 @@ def plan_text(pattern: Pattern, length: int) -> str:
     branches = plan(pattern, length)
     if any(branch.block for branch in branches):
         raise ValueError("a plan file holds no layout of blocks")
-    transposed = [part for branch in branches for part in branch.transposed()]
     every_key = branches[0].segments[0].keys.lists_every_token
     lines = [
         f"sparse_attn plan {VERSION}",
@@ -36,26 +33,22 @@ def plan_text(pattern: Pattern, length: int) -> str:
         f"length {length}",
         f"pairs {int(keys_per_query(pattern, length).sum())}",
         f"zero_key_gradients {int(not every_key)}",
-        *_branch_lines("branches", branches),
-        *_branch_lines("transposed", transposed),
+        f"branches {len(branches)}",
+        *(line for branch in branches for line in _branch_lines(branch)),
         "end",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _branch_lines(name: str, branches: Sequence[Branch]) -> list[str]:
-    lines = [f"{name} {len(branches)}"]
-    for branch in branches:
-        run = branch.run
-        chunks = " ".join(map(str, (len(run.chunks), *run.chunks)))
-        lines += [
-            f"queries {_view(branch.queries)}",
-            f"run window {run.window} past {int(run.past)} future {int(run.future)} "
-            f"chunks {chunks}",
-            f"segments {len(branch.segments)}",
-            *(f"keys {segment.part} {_view(segment.keys)}" for segment in branch.segments),
-        ]
-    return lines
+def _branch_lines(branch: Branch) -> list[str]:
+    run = branch.run
+    chunks = " ".join(map(str, (len(run.chunks), *run.chunks)))
+    return [
+        f"queries {_view(branch.queries)}",
+        f"run window {run.window} past {int(run.past)} future {int(run.future)} chunks {chunks}",
+        f"segments {len(branch.segments)}",
+        *(f"keys {segment.part} {_view(segment.keys)}" for segment in branch.segments),
+    ]
 
 
 def _view(view: SequenceView) -> str:

@@ -319,15 +319,10 @@ def _backward_launches(
     strides = _strides(dout=dout, dq=dq, dk=dk, dv=dv)
     ranges = []
     for heads, pattern in _head_ranges(rule, q.shape[1]):
-        both_ways = (
-            _with_layout(
-                native_plan(pattern, q.shape[2], transposed), pattern, q.shape[2], layout_heads
-            )
-            for transposed in (False, True)
-        )
         call = _call_params(q, k, v, out, scale, sm90, heads)
         params = native().BackwardParams(call, **strides, heads_together=group)
-        ranges.append((params, *both_ways))
+        branches = native_plan(pattern, q.shape[2])
+        ranges.append((params, _with_layout(branches, pattern, q.shape[2], layout_heads)))
     gradients = native().Gradients(ranges)
     return _BackwardLaunches(
         native().BackwardCall(gradients),
@@ -484,17 +479,14 @@ def _head_ranges(pattern: Pattern, heads: int) -> list[tuple[range, Pattern]]:
     return ranges
 
 
-def native_plan(pattern: Pattern, length: int, transposed: bool = False) -> tuple[_C.Branch, ...]:
-    """The plan, or its transposed branches, in the kernels' structs."""
-    return _native_plan(pattern.rule, length, transposed)
+def native_plan(pattern: Pattern, length: int) -> tuple[_C.Branch, ...]:
+    """The plan in the kernels' structs."""
+    return _native_plan(pattern.rule, length)
 
 
 @lru_cache(maxsize=1024)
-def _native_plan(rule: Pattern, length: int, transposed: bool) -> tuple[_C.Branch, ...]:
-    branches = plan(rule, length)
-    if transposed:
-        branches = tuple(part for branch in branches for part in branch.transposed())
-    return tuple(_native_branch(branch) for branch in branches)
+def _native_plan(rule: Pattern, length: int) -> tuple[_C.Branch, ...]:
+    return tuple(_native_branch(branch) for branch in plan(rule, length))
 
 
 def _native_branch(branch: Branch) -> _C.Branch:
