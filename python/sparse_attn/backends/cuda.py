@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -285,7 +284,7 @@ def _forward_launches(
     launches = [
         native().ForwardParams(
             _call_params(q, k, v, out, scale, sm90, heads),
-            _with_layout(native_plan(pattern, q.shape[2]), pattern, q.shape[2], layout_heads),
+            _branches(pattern, q.shape[2], layout_heads),
         )
         for heads, pattern in _head_ranges(rule, q.shape[1])
     ]
@@ -321,8 +320,7 @@ def _backward_launches(
     for heads, pattern in _head_ranges(rule, q.shape[1]):
         call = _call_params(q, k, v, out, scale, sm90, heads)
         params = native().BackwardParams(call, **strides, heads_together=group)
-        branches = native_plan(pattern, q.shape[2])
-        ranges.append((params, _with_layout(branches, pattern, q.shape[2], layout_heads)))
+        ranges.append((params, _branches(pattern, q.shape[2], layout_heads)))
     gradients = native().Gradients(ranges)
     return _BackwardLaunches(
         native().BackwardCall(gradients),
@@ -370,12 +368,11 @@ def _block_rows(
     return rows
 
 
-def _with_layout(
-    branches: Iterable[_C.Branch], pattern: Pattern, seq: int, layout_heads: int
-) -> tuple[_C.Branch, ...]:
-    """Branches with the sizes of the block rows of a layout; their address comes later."""
+def _branches(pattern: Pattern, seq: int, layout_heads: int) -> tuple[_C.Branch, ...]:
+    """The plan, with the sizes of a layout's block rows; their address comes later."""
+    branches = native_plan(pattern, seq)
     if not isinstance(pattern, BlockSparse):
-        return tuple(branches)
+        return branches
     count = -(-seq // pattern.block)
     stride = count * _words(count) if layout_heads > 1 else 0
     return tuple(
