@@ -86,12 +86,15 @@ class Row:
 OURS = "sparse_attn"
 
 
+HostMode = Literal["eager", "eager, with gradients", "compiled"]
+
+
 @dataclass
 class HostTime:
     """Time until a call returns to the host."""
 
     call: str
-    mode: Literal["eager", "compiled"]
+    mode: HostMode
     us: float | None
     reason: str = ""
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,7 @@ from .cases import Case
 from .checks import Reference
 from .floors import Direction, Rates, work
 from .peers import Peer, Prepared, Unavailable
-from .results import Entry, HostTime, Row, row_of
+from .results import Entry, HostMode, HostTime, Row, row_of
 from .timing import Call, Clock, Timing
 
 # A compilation of forward and backward, in seconds, when there is no time for another.
@@ -284,7 +283,8 @@ def host_times(clock: Clock) -> list[HostTime]:
     """Ours beside SDPA, forward, at a size whose work is shorter than the call."""
     device = clock.device
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    q, k, v = torch.randn(3, 1, 4, 256, 64, device=device, dtype=dtype).unbind()
+    inputs = [torch.randn(1, 4, 256, 64, device=device, dtype=dtype) for _ in range(3)]
+    leaves = [x.clone().requires_grad_() for x in inputs]
     pattern = sa.Strided(64)
     calls: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
         "sparse_attn": lambda q, k, v: sa.attention(q, k, v, pattern),
@@ -292,19 +292,25 @@ def host_times(clock: Clock) -> list[HostTime]:
             q, k, v, is_causal=True
         ),
     }
-    times = []
-    for name, call in calls.items():
-        torch.compiler.reset()
-        fast = torch.compile(call, fullgraph=True, dynamic=False)
-        times.append(_host_time(name, "eager", partial(call, q, k, v), clock))
-        times.append(_host_time(name, "compiled", partial(fast, q, k, v), clock))
-    return times
+
+    def compiled(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return torch.compile(call, fullgraph=True, dynamic=False)
+
+    # Eager first, before a compiler has started its workers.
+    modes: dict[HostMode, dict[str, Callable[[], object]]] = {
+        "eager": {name: partial(call, *inputs) for name, call in calls.items()},
+        "eager, with gradients": {name: partial(call, *leaves) for name, call in calls.items()},
+        "compiled": {name: partial(compiled(call), *inputs) for name, call in calls.items()},
+    }
+    torch.compiler.reset()
+    return [time for mode, timed in modes.items() for time in _host_times(mode, timed, clock)]
 
 
-def _host_time(
-    name: str, mode: Literal["eager", "compiled"], call: Callable[[], object], clock: Clock
-) -> HostTime:
+def _host_times(
+    mode: HostMode, calls: dict[str, Callable[[], object]], clock: Clock
+) -> list[HostTime]:
     try:
-        return HostTime(name, mode, timing.host_us(call, clock))
+        took = timing.host_us(calls, clock)
     except Exception as error:
-        return HostTime(name, mode, None, _first_line(error))
+        return [HostTime(name, mode, None, _first_line(error)) for name in calls]
+    return [HostTime(name, mode, us) for name, us in took.items()]

@@ -133,19 +133,26 @@ def interleaved(
     return answers
 
 
-def host_us(call: Callable[[], object], clock: Clock, calls: int = 300) -> float:
-    """Microseconds until a call returns to the host, the work small enough not to fill a queue."""
-    for _ in range(20):
-        call()
-    samples = []
-    for _ in range(5):
-        clock.synchronize()
-        begin = time.perf_counter()
-        for _ in range(calls // 5):
+def host_us(
+    calls: Mapping[str, Callable[[], object]], clock: Clock, rounds: int = 9, repeats: int = 60
+) -> dict[str, float]:
+    """Microseconds until a call returns to the host, the work small enough not to fill a queue.
+
+    The calls take turns, since whatever else a host does slows them by up to two times; the median
+    over the rounds."""
+    for call in calls.values():
+        for _ in range(20):
             call()
-        samples.append((time.perf_counter() - begin) / (calls // 5))
-        clock.synchronize()
-    return 1e6 * median(samples)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            clock.synchronize()
+            begin = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            samples[name].append((time.perf_counter() - begin) / repeats)
+    clock.synchronize()
+    return {name: 1e6 * median(times) for name, times in samples.items()}
 
 
 def measure_rates(clock: Clock, copy_bytes: int = 1 << 30, side: int = 8192) -> Rates:

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -461,6 +462,14 @@ def shown(found: Results) -> str:
     text = io.StringIO()
     report.show(found, Console(width=250, file=text))
     return text.getvalue()
+
+
+def test_host_calls_take_turns() -> None:
+    order: list[str] = []
+    calls = {name: partial(order.append, name) for name in "ab"}
+    took = timing.host_us(calls, timing.CpuClock(), rounds=2, repeats=3)
+    assert "".join(order[40:]) == "aaabbb" * 2  # after the first, untimed ones
+    assert set(took) == {"a", "b"} and min(took.values()) > 0
 
 
 def test_results_survive_their_file(tmp_path: Path) -> None:
