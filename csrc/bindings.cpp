@@ -140,11 +140,24 @@ ForwardParams forward_params(const CallParams& call, const std::vector<Branch>& 
 
 // The launches of a forward call, complete but for addresses and stream.
 struct ForwardCall {
-  std::vector<ForwardParams> launches;
+  struct Launch {
+    ForwardParams params;
+    int counters;
+  };
+  std::vector<Launch> launches;
+  int counters = 0;  // shared by the launches
+
+  explicit ForwardCall(const std::vector<ForwardParams>& calls) {
+    for (const ForwardParams& params : calls) {
+      launches.push_back({params, forward_counters(params)});
+      counters = std::max(counters, launches.back().counters);
+    }
+  }
 
   void operator()(int64_t q, int64_t k, int64_t v, int64_t out, int64_t lse, int64_t block_rows,
-                  int64_t counters, int64_t stream) const {
-    for (ForwardParams params : launches) {
+                  int64_t counters_address, int64_t stream) const {
+    for (const Launch& launch : launches) {
+      ForwardParams params = launch.params;
       params.q.data = pointer<void*>(q);
       params.k.data = pointer<void*>(k);
       params.v.data = pointer<void*>(v);
@@ -153,7 +166,7 @@ struct ForwardCall {
       for (Branch& branch : params.branches) {
         branch.blocks.rows = pointer<const uint32_t*>(block_rows);
       }
-      params.counters = pointer<int*>(counters);
+      params.counters = launch.counters > 0 ? pointer<int*>(counters_address) : nullptr;
       params.stream = pointer<void*>(stream);
       forward(params);
     }
@@ -314,7 +327,8 @@ PYBIND11_MODULE(_C, module) {
   py::class_<ForwardParams>(module, "ForwardParams")
       .def(py::init(&forward_params), py::arg("call"), py::arg("branches"));
   py::class_<ForwardCall>(module, "ForwardCall")
-      .def(py::init<std::vector<ForwardParams>>(), py::arg("launches"))
+      .def(py::init<const std::vector<ForwardParams>&>(), py::arg("launches"))
+      .def_readonly("counters", &ForwardCall::counters)
       .def("__call__", &ForwardCall::operator());
   py::class_<BackwardCall>(module, "BackwardCall")
       .def(py::init<Gradients>(), py::arg("gradients"))

@@ -15,6 +15,7 @@
 #include "sm90/backward_band/launch.h"
 #include "sm90/backward_ordered/launch.h"
 #include "sm90/forward/launch.h"
+#include "sm90/forward/together.h"
 
 namespace sparse_attn {
 namespace {
@@ -141,6 +142,13 @@ void forward(const ForwardParams& params) {
   const Kernel<ForwardParams>& kernel = choose(kForwardSm80, kForwardSm90, params);
   const DeviceGuard guard(params.device);
   kernel.launch(params);
+}
+
+int forward_counters(const ForwardParams& params) {
+  if (params.kernels != Kernels::sm90 || !sm90::forward::go_together(params)) return 0;
+  const Kernel<ForwardParams>& kernel = choose(kForwardSm80, kForwardSm90, params);
+  const bool takes_two = sm90::forward::takes_two_branches(kernel.head_dim, kernel.head_dim_v);
+  return takes_two ? 1 + params.batch * params.head_count : 0;
 }
 
 void row_stats(const BackwardParams& params) {

@@ -57,8 +57,8 @@ struct ForwardParams : CallParams {
   int branch_count;
   // Merge with what out and lse already hold: the branches of the plan before these.
   bool merge;
-  // (1 + batch * head_count), overwritten: for the order of work on two branches in one launch; may
-  // be null, the branches then run one launch after another.
+  // Overwritten: orders the work on two branches in one launch. Of the size that forward_counters
+  // gives; null where that is 0.
   int* counters;
 };
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -276,6 +277,16 @@ def test_nothing_keeps_a_tensor() -> None:
 # What the native module is told, without a GPU.
 
 
+@dataclass
+class RecordedCall:
+    launches: list[dict[str, Any]]
+    calls: list[tuple[list[Any], tuple[int, ...]]]
+    counters: int = 3
+
+    def __call__(self, *addresses: int) -> None:
+        self.calls.append((self.launches, addresses))
+
+
 class Recorder:
     """Stands for the native module: launches are dicts, calls are noted."""
 
@@ -294,7 +305,7 @@ class Recorder:
         return {**call, **params}
 
     def ForwardCall(self, launches: list[dict[str, Any]]) -> Any:
-        return lambda *addresses: self.calls.append((launches, addresses))
+        return RecordedCall(launches, self.calls)
 
     def Gradients(self, ranges: list[tuple[dict[str, Any], Any]]) -> Any:
         return SimpleNamespace(ranges=ranges, launches=[], keeps_stats=True, workspace=0)

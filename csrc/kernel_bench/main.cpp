@@ -53,11 +53,11 @@ CallParams call_params(const Tensors& tensors, Kernels kernels, int device) {
 void run_forward(const PlanFile& plan, const Tensors& tensors, Kernels kernels, int device) {
   ForwardParams params{};
   static_cast<CallParams&>(params) = call_params(tensors, kernels, device);
-  params.counters = tensors.counters.data();
   const std::vector<Branch>& branches = plan.branches;
   for (size_t i = 0; i < branches.size(); i += params.branch_count, params.merge = true) {
     params.branch_count = static_cast<int>(std::min<size_t>(branches.size() - i, kMaxBranches));
     std::copy_n(branches.begin() + i, params.branch_count, params.branches);
+    params.counters = forward_counters(params) > 0 ? tensors.counters.data() : nullptr;
     forward(params);
   }
 }

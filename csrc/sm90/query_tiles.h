@@ -7,6 +7,8 @@
 
 namespace sparse_attn::sm90 {
 
+constexpr int kWarpgroupRows = 64;  // the rows of one wgmma
+
 // In which order, so that CTAs that stay share the work and what is in the L2 cache.
 enum class Order {
   by_head,    // a head's tiles together: they read the same keys

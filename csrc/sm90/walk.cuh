@@ -3,11 +3,9 @@
 // compute see these tiles.
 #pragma once
 
-#include "attention/tiles.h"
+#include "sm90/query_tiles.h"
 
 namespace sparse_attn::sm90 {
-
-constexpr int kWarpgroupRows = 64;  // the rows of one wgmma
 
 // The rows of the `number`-th warpgroup that computes; none if the tile is short.
 __device__ __forceinline__ QueryTile part_of(const QueryTile& tile, int number) {

@@ -106,8 +106,8 @@ class ForwardParams:
 
 # The launches of a call; all arguments but the stream are addresses, 0 for none.
 class ForwardCall:
+    counters: int  # int32 numbers to overwrite: they order the work on branches in one launch
     def __init__(self, launches: list[ForwardParams]) -> None: ...
-    # counters: int32 (1 + batch * heads,), overwritten, for two branches in one launch; or 0.
     def __call__(
         self,
         q: int,

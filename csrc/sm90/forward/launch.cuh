@@ -5,6 +5,7 @@
 #include "sm80/forward/launch.h"
 #include "sm90/forward/kernel.cuh"
 #include "sm90/forward/launch.h"
+#include "sm90/forward/together.h"
 #include "sm90/launch_staying.cuh"
 
 namespace sparse_attn::sm90::forward {
@@ -66,24 +67,11 @@ void launch_two(const ForwardParams& params) {
                                          maps_of<Config>(params, params.branches[1])}});
 }
 
-// Few keys are bound by bytes, which the second branch finds in L2. Many are bound by arithmetic,
-// groups shorter than half a tile by latency.
-inline bool go_together(const ForwardParams& params) {
-  // The first branch must not wait for earlier ones, which the counters do not count.
-  bool together = params.branch_count == 2 && !params.merge && params.counters != nullptr;
-  for (int i = 0; i < params.branch_count; ++i) {
-    const Branch& branch = params.branches[i];
-    together =
-        together && reach_of(branch) == Reach::few && branch.queries.max_rows > kWarpgroupRows;
-  }
-  return together;
-}
-
 template <class T, int kHeadDim, int kHeadDimV>
 void launch(const ForwardParams& call) {
   constexpr bool kMerges = Config<T, kHeadDim, kHeadDimV, Reach::few, 1>::kMerges;
-  constexpr bool kTogether = kMerges && kHeadDim > 32;  // small heads: L2 has them all the same
-  const bool together = kTogether && go_together(call);
+  constexpr bool kTogether = takes_two_branches(kHeadDim, kHeadDimV);
+  const bool together = kTogether && call.counters != nullptr;
   if (call.branch_count > 1 && !together) {
     return one_by_one(call, launch<T, kHeadDim, kHeadDimV>);
   }

@@ -126,7 +126,6 @@ class ForwardCall:
         self._pattern, self._scale, self._sm90 = pattern, scale, sm90
         self._device: int = q.device.index
         self._aligned = all(map(_has_aligned_rows, (q, k, v)))
-        self._counters = _counters(pattern.rule, q) if sm90 else 0
         if self._aligned:
             self._launch = _forward_launches(
                 q, k, v, out, pattern.rule, _layout_heads(pattern), scale, sm90
@@ -149,7 +148,8 @@ class ForwardCall:
             return call(q, k, v, layout, out, lse)
         rows = _block_rows(self._pattern, layout, keys_own=False)
         # Of this call alone: calls on other streams, or in a graph, run at the same time.
-        counters = lse.new_empty(self._counters, dtype=torch.int32) if self._counters else None
+        size = self._launch.counters
+        counters = lse.new_empty(size, dtype=torch.int32) if size else None
         self._launch(
             q_address,
             k_address,
@@ -289,13 +289,6 @@ def _forward_launches(
         for heads, pattern in _head_ranges(rule, q.shape[1])
     ]
     return native().ForwardCall(launches)
-
-
-def _counters(rule: Pattern, q: TensorMeta) -> int:
-    """How many integers order the work of branches in one launch; 0 where there is one branch."""
-    batch, heads, seq, _ = q.shape
-    branches = max(len(plan(pattern, seq)) for _, pattern in _head_ranges(rule, heads))
-    return 1 + batch * heads if branches > 1 else 0
 
 
 @lru_cache(maxsize=1024)

@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+// Whether two branches share a launch, the second close behind the first.
+#pragma once
+
+#include "attention/reach.h"
+#include "params.h"
+#include "sm90/query_tiles.h"
+
+namespace sparse_attn::sm90::forward {
+
+// Whether an instance can: two branches of small heads find them in L2 as two launches, too, and
+// wide heads leave no room for what the first branch has left.
+constexpr bool takes_two_branches(int head_dim, int head_dim_v) {
+  return head_dim > 32 && head_dim + head_dim_v <= 256;
+}
+
+// Few keys are bound by bytes, which the second branch finds in L2. Many are bound by arithmetic,
+// groups shorter than half a tile by latency. The first branch waits for no earlier ones.
+inline bool go_together(const ForwardParams& params) {
+  bool together = params.branch_count == 2 && !params.merge;
+  for (int i = 0; i < params.branch_count; ++i) {
+    const Branch& branch = params.branches[i];
+    together =
+        together && reach_of(branch) == Reach::few && branch.queries.max_rows > kWarpgroupRows;
+  }
+  return together;
+}
+
+}  // namespace sparse_attn::sm90::forward
