@@ -68,6 +68,7 @@ LONG_CALLS: tuple[Call, ...] = (
     (sa.Fixed(64, 24), 1250, 2, 2),  # adds to what another launch left
     (sa.Strided(2), 2203, 1, 1),  # merges with what another launch left, adds to it
     (sa.BlockSparse(torch.rand(2, 9, 9) < 0.7, 128), 1100, 2, 2),
+    (sa.BlockSparse(torch.rand(2, 18, 18) < 0.4, 64), 1100, 2, 2),
 )
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -344,6 +345,23 @@ def test_neighbouring_blocks_attend_few_and_all(head_dims: tuple[int, int], bloc
     )
     actual = run(x, sa.BlockSparse(layout[None].cuda(), block))
     assert_right(actual, x, [mask])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("shared_keys", [False, True])
+@pytest.mark.parametrize("head_dim", [32, 64])
+def test_scattered_blocks(head_dim: int, shared_keys: bool, causal: bool, seed: int) -> None:
+    """Neighbours attend none to all blocks; keys with a stride of 0 have no tensor map."""
+    n = random.Random(seed).randint(1100, 2500)
+    blocks = -(-n // 64)
+    layout = torch.rand(2, blocks, blocks) < torch.rand(2, blocks, 1)
+    layout[:, ::7] = False
+    masks = layout.repeat_interleave(64, 1).repeat_interleave(64, 2)[:, :n, :n].cuda()
+    x = random_inputs((1, 2, n, head_dim))
+    if shared_keys:
+        x = replace(x, k=x.k[:, :1].expand_as(x.k))
+    actual = run(x, sa.BlockSparse(layout.cuda(), 64, causal=causal))
+    assert_right(actual, x, list(masks.tril() if causal else masks))
 
 
 # Streams.

@@ -24,6 +24,13 @@ __device__ __forceinline__ void mbarrier_arrive(uint64_t& barrier) {
                : "memory");
 }
 
+// So many arrivals at once.
+__device__ __forceinline__ void mbarrier_arrive(uint64_t& barrier, int arrivals) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)),
+               "r"(arrivals)
+               : "memory");
+}
+
 // The phase also waits for `bytes` of tma_load.
 __device__ __forceinline__ void mbarrier_expect(uint64_t& barrier, int bytes) {
   asm volatile(
@@ -51,6 +58,21 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t& barrier, int parity) {
       "}" ::"r"(shared_address(&barrier)),
       "r"(parity)
       : "memory");
+}
+
+// Whether the phase with this parity has ended.
+__device__ __forceinline__ bool mbarrier_ended(uint64_t& barrier, int parity) {
+  uint32_t ended;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, p;\n"
+      "}"
+      : "=r"(ended)
+      : "r"(shared_address(&barrier)), "r"(parity)
+      : "memory");
+  return ended != 0;
 }
 
 // Among `threads` threads of the CTA; barrier 0 is __syncthreads.

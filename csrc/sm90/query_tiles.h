@@ -30,16 +30,17 @@ struct QueryTiles {
   Divisor section;  // (batch, head, group) that go together
 
   // `part_rows`: what a warpgroup takes of a tile. If there is nothing to take for some, then in
-  // the first tile of a group, where queries attend few keys, not in the last.
+  // the first tile of a group, where queries attend few keys, not in the last. `together`: so many
+  // groups at least.
   static QueryTiles of(const Branch& branch, int tile_rows, int first_head, int heads, int batch,
-                       Order order, int part_rows) {
+                       Order order, int part_rows, int together = 16) {
     const SequenceView& queries = branch.queries;
     const int64_t count = QueryTile::count(queries, tile_rows, heads, batch);
     REQUIRE(count <= 0x7fffffff, "more than 2^31 - 1 tiles in one launch");
     const int tiles = (queries.max_rows + tile_rows - 1) / tile_rows;
     // The L2 cache of an H100 holds their keys and values: of 16 heads of some MB each, or of
     // groups that have 65,536 rows in all.
-    int section = greatest(16, least((1 << 16) / greatest(queries.max_rows, 1), 128));
+    int section = greatest(together, least((1 << 16) / greatest(queries.max_rows, 1), 128));
     while (queries.groups * int64_t{heads} * batch % section != 0) --section;
     return {static_cast<int>(count),
             tile_rows,

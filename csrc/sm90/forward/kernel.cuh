@@ -11,7 +11,9 @@
 #include "ptx/registers.cuh"
 #include "sm90/forward/compute_few.cuh"
 #include "sm90/forward/compute_many.cuh"
+#include "sm90/forward/compute_scattered.cuh"
 #include "sm90/forward/config.h"
+#include "sm90/forward/load_blocks.cuh"
 #include "sm90/forward/parts.cuh"
 #include "sm90/load_rows.cuh"
 #include "sm90/tickets.cuh"
@@ -264,9 +266,16 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
     }
     for (uint64_t& full : smem.earlier_full) ptx::mbarrier_init(full, 32);
     for (uint64_t& empty : smem.earlier_empty) ptx::mbarrier_init(empty, 4);
-    // And how each part, or each warp, sees the tile.
-    smem.k_ring.init(32 + (Config::kMany ? Config::kConsumers : kWarps), kWarps);
-    smem.v_ring.init(32, kWarps);
+    if constexpr (Config::kScattered) {
+      smem.k_ring.init(1, kWarps);  // and the values
+      for (auto& pairs : smem.listed) {
+        for (uint64_t& listed : pairs) ptx::mbarrier_init(listed, 1);
+      }
+    } else {
+      // And how each part, or each warp, sees the tile.
+      smem.k_ring.init(32 + (Config::kMany ? Config::kConsumers : kWarps), kWarps);
+      smem.v_ring.init(32, kWarps);
+    }
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
@@ -277,7 +286,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
     if (warp == 0) {
       load_queries<Config>(smem, params, tiles, maps);
     } else if (warp == 1) {
-      load_keys<Config, Tiles>(smem, params, maps);
+      if constexpr (Config::kScattered) {
+        load_blocks<Config, Tiles>(smem, params, maps);
+      } else {
+        load_keys<Config, Tiles>(smem, params, maps);
+      }
     } else if (warp == 2) {
       load_earlier<Config>(smem, params, tiles, maps);
     } else {
@@ -285,7 +298,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
     }
   } else {
     ptx::take_registers<Config::kComputeRegisters>();
-    if constexpr (Config::kMany) {
+    if constexpr (Config::kScattered) {
+      compute_scattered<Config, Tiles>(smem, params, warpgroup - 1);
+    } else if constexpr (Config::kMany) {
       compute_many<Config, Tiles>(smem, params, maps, warpgroup - 1);
     } else {
       compute_few<Config, Tiles>(smem, params, maps, warpgroup - 1);

@@ -40,13 +40,17 @@ template <class T, int kHeadDim, int kHeadDimV, Reach kReach>
 void launch_one(const ForwardParams& params) {
   using Config = Config<T, kHeadDim, kHeadDimV, kReach, 1>;
   const Branch& branch = params.branches[0];
+  const BranchMaps maps = maps_of<Config>(params, branch);
+  if constexpr (Config::kScattered) {  // loads by tensor maps alone
+    if (maps.some_copied) return launch_one<T, kHeadDim, kHeadDimV, Reach::few>(params);
+  }
   launch_staying<Config>(
       forward_kernel<Config, QueryTiles>, params,
       QueryTiles::of(
           branch, Config::kTileQueries, params.first_head, params.head_count, params.batch,
           Config::kMany || branch.blocks.rows != nullptr ? Order::by_length : Order::by_head,
-          Config::kMany ? kWarpgroupRows : Config::kTileQueries),
-      ForwardMaps<1>{{maps_of<Config>(params, branch)}});
+          Config::kMany ? kWarpgroupRows : Config::kTileQueries, Config::kScattered ? 8 : 16),
+      ForwardMaps<1>{{maps}});
 }
 
 // Two branches of few keys, the second close behind the first.
@@ -69,21 +73,25 @@ void launch_two(const ForwardParams& params) {
 
 template <class T, int kHeadDim, int kHeadDimV>
 void launch(const ForwardParams& call) {
-  constexpr bool kMerges = Config<T, kHeadDim, kHeadDimV, Reach::few, 1>::kMerges;
+  using Few = Config<T, kHeadDim, kHeadDimV, Reach::few, 1>;
   constexpr bool kTogether = takes_two_branches(kHeadDim, kHeadDimV);
+  static_assert(!kTogether || Few::kMerges);
   const bool together = kTogether && call.counters != nullptr;
   if (call.branch_count > 1 && !together) {
     return one_by_one(call, launch<T, kHeadDim, kHeadDimV>);
   }
-  if (call.merge && !kMerges) return sm80::forward::launch<T, kHeadDim, kHeadDimV>(call);
+  if (call.merge && !Few::kMerges) return sm80::forward::launch<T, kHeadDim, kHeadDimV>(call);
   ForwardParams params = call;
   for (int i = 0; i < params.branch_count; ++i) {
     params.branches[i] = with_short_groups_together(params.branches[i], 2 * kWarpgroupRows);
   }
+  const Reach reach = reach_of(params.branches[0]);
   if (together) {
     if constexpr (kTogether) launch_two<T, kHeadDim, kHeadDimV>(params);
-  } else if (reach_of(params.branches[0]) == Reach::many) {
+  } else if (reach == Reach::many) {
     launch_one<T, kHeadDim, kHeadDimV, Reach::many>(params);
+  } else if (Few::kSmall && reach == Reach::scattered && !params.merge) {
+    if constexpr (Few::kSmall) launch_one<T, kHeadDim, kHeadDimV, Reach::scattered>(params);
   } else {
     launch_one<T, kHeadDim, kHeadDimV, Reach::few>(params);
   }
