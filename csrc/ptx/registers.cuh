@@ -21,4 +21,10 @@ __device__ __forceinline__ int lane() {
   return lane;
 }
 
+// The same value, but not to be found anew: reading a special register takes long.
+__device__ __forceinline__ int kept(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 }  // namespace sparse_attn::ptx

@@ -72,8 +72,8 @@ __device__ __forceinline__ void keep(Rounded<T, Tile>& rounded) {
   }
 }
 
-// Likewise, with rows of a in registers.
-template <class T, bool kAdd = false, class Product, class TileA, class TileB>
+// Starts product = a b^T, with rows of a in registers.
+template <class T, class Product, class TileA, class TileB>
 __device__ __forceinline__ void start_multiply_transposed(Product& product,
                                                           const Rounded<T, TileA>& a,
                                                           const TileB& b_smem) {
@@ -84,7 +84,7 @@ __device__ __forceinline__ void start_multiply_transposed(Product& product,
   for (int i = 0; i < TileA::kColumns / 16; ++i) {
     const int elements = 16 * i / 64 * TileB::kPanelElements + 16 * i % 64;
     const uint64_t b_operand = ptx::moved(b, elements * int{sizeof(T)});
-    if (i == 0 && !kAdd) {
+    if (i == 0) {
       ptx::wgmma_transposed<T, false>(product, a.at[i], b_operand);
     } else {
       ptx::wgmma_transposed<T, true>(product, a.at[i], b_operand);

@@ -29,6 +29,8 @@ struct Place {
   __device__ __forceinline__ void advance() {
     if (++stage == kStages) stage = 0, round ^= 1;
   }
+  // The stage in a ring of twice as many.
+  __device__ __forceinline__ int twice() const { return round * kStages + stage; }
   // So many stages on, not more than there are; and so many before.
   __device__ __forceinline__ void advance_by(int stages) {
     stage += stages;

@@ -27,11 +27,11 @@ struct Workspace {
   float4* slots;
 };
 
-// What accumulators start from, for each pair of queries as a lane holds it, twice: -lse over the
-// scale, and -delta.
+// Statistics of the queries of a tile.
+template <int kQueries>
 struct alignas(16) Stats {
-  float4 score[kTileQueries / 2];
-  float4 dscore[kTileQueries / 2];
+  float lse_log2[kQueries];
+  float delta[kQueries];
 };
 
 // A tile of keys.
@@ -56,7 +56,6 @@ struct StreamedTile {
   int marks[2];
   bool first;     // no keys before add to its dq
   bool complete;  // nor after; with blocks others find both
-  bool last;      // of its keys
   int key_tile;
   int unit;
   int number;  // of all query tiles of the launch; negative: the end
@@ -72,32 +71,30 @@ struct Job {
   QueryTile queries;
 };
 
-template <class T, int kHeadDim_, int kHeadDimV_>
+template <class T, int kHeadDim_, int kHeadDimV_, int kTileQueries_>
 struct Config {
   using Element = T;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
-  static constexpr int kConsumers = 2;  // warpgroups that compute
+  static constexpr int kTileQueries = kTileQueries_;
+  static constexpr int kQueryParts = kTileQueries / kWarpgroupRows;  // of 64
+  static constexpr int kConsumers = 2;                               // warpgroups that compute
   static_assert(kTileKeys == kConsumers * kWarpgroupRows);
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kCtas = 1;  // on a multiprocessor
-  static constexpr bool kSmall = kHeadDim + kHeadDimV <= 128;
-  static constexpr bool kLarge = kHeadDim + kHeadDimV > 192;
-  static constexpr int kStages = kSmall ? 5 : 3;                     // tiles of queries
-  static constexpr int kKeyStages = kLarge ? 1 : 2;                  // tiles of keys
-  static constexpr int kSharedStages = kLarge ? 1 : kSmall ? 3 : 2;  // of dscores
+  static constexpr bool kLong = kQueryParts > 1;
+  static constexpr bool kWide = kHeadDim + kHeadDimV > 192;
+  static constexpr int kStages = kHeadDim + kHeadDimV <= 128 && !kLong ? 5 : 3;  // of queries
+  static constexpr int kKeyStages = kWide ? 1 : 2;
+  static constexpr int kSharedStages = kWide || kLong ? 1 : 2;  // of dscores
   static constexpr int kJobs = 16;  // the queries next to the keys are complete all at once
   static constexpr int kDqColumns = kHeadDim / 2;  // that lie together in a slot
-  // Where there are registers for it: scores and their gradients are found together, beside the
-  // sums of the tile before; own keys and values are left operands in registers.
-  static constexpr bool kWide = kSmall;
-  static constexpr bool kOwnInRegisters = kSmall;
-  // Each warpgroup sums dq of every second query tile, not half of its columns.
-  static constexpr bool kTakesTurns = kSmall;
   // Where registers are scarce: dv is summed before the next scores are started, and the left
   // operand of the sum of dk is in shared memory.
-  static constexpr bool kOverlapsDv = !kLarge;
-  static constexpr bool kDscoresInRegisters = !kLarge;
+  static constexpr bool kOverlapsDv = !kWide && !kLong;
+  static constexpr bool kDscoresInRegisters = !kWide;
+  // Products add to the statistics; where a tile is long, these are read when products have ended.
+  static constexpr bool kStatsFirst = !kLong;
   // One, or one of each warpgroup where who sums dk waits for its own dscores alone.
   static constexpr int kSharedRings = kDscoresInRegisters ? 1 : kConsumers;
   // Of a lane that loads and of one that computes.
@@ -110,11 +107,12 @@ struct Config {
   using Scores = RegisterTile<16, kTileQueries>;  // of a warp
   using Dk = RegisterTile<16, kHeadDim>;
   using Dv = RegisterTile<16, kHeadDimV>;
-  using Dq = RegisterTile<16, kTakesTurns ? kHeadDim : kDqColumns>;
+  using Dq = RegisterTile<16, kQueryParts * kDqColumns>;  // half of a tile's
 
   using Rows = SharedTile<T, kWarpgroupRows, kHeadDim>;
   using RowsV = SharedTile<T, kWarpgroupRows, kHeadDimV>;
-  static_assert(kTileQueries == kWarpgroupRows);
+  using Queries = SharedTile<T, kTileQueries, kHeadDim>;
+  using QueriesV = SharedTile<T, kTileQueries, kHeadDimV>;
 
   struct Keys {
     Rows k;   // in the end dk
@@ -123,20 +121,20 @@ struct Config {
 
   struct SharedMemory {
     Keys keys[kKeyStages][kConsumers];
-    Rows q[kStages];
-    RowsV dout[kStages];
+    Queries q[kStages];
+    QueriesV dout[kStages];
     // Transposed: rows are keys.
-    SharedTile<T, kWarpgroupRows, kTileQueries> dscores[kSharedStages][kConsumers];
+    SharedTile<T, kWarpgroupRows, 64> dscores[kSharedStages][kConsumers][kQueryParts];
     // Half of the columns of dq, as the slots are: of the rows of each warp, 8 columns at a time; a
     // lane's part. And what the branches before have left.
     alignas(128) float sum[4][kDqColumns / 8][32][4];
-    uint4 earlier[kTileQueries][kDqColumns / 8];
-    Stats stats[kStages];
-    alignas(16) RowStats fetched[kTileQueries];  // of the next queries
+    uint4 earlier[kWarpgroupRows][kDqColumns / 8];
+    Stats<kTileQueries> stats[kStages];
     StreamedTile tile[kStages];
-    OwnTile own[kKeyStages + 1];
+    // More than keys: who computes reads these of an item until it lets go of its keys.
+    OwnTile own[2 * kKeyStages];
     // Queries, by key; and of the keys beside these.
-    Interval attended[kKeyStages + 1][1 + kTileKeys + 1];
+    Interval attended[2 * kKeyStages][1 + kTileKeys + 1];
     Job job[kJobs];
     RingBarriers<kJobs> job_ring;
     RingBarriers<kKeyStages> key_ring;

@@ -56,6 +56,7 @@ __device__ __forceinline__ bool any_key_after(const Blocks& blocks, const uint32
 }
 
 // Whether a tile of queries attends the keys of a warpgroup, as far as blocks go.
+template <int kTileQueries>
 __device__ __forceinline__ bool keeps(const Blocks& blocks, const QueryTile& keys, int number,
                                       int query_tile) {
   if (number * kWarpgroupRows >= keys.rows) return false;
@@ -66,14 +67,15 @@ __device__ __forceinline__ bool keeps(const Blocks& blocks, const QueryTile& key
 }
 
 // The last query tile before `end` that attends some of a tile of keys, for a warp; negative: none.
+template <int kTileQueries>
 __device__ __forceinline__ int query_tile_before(const Blocks& blocks, const OwnTile& own,
                                                  int end) {
   if (blocks.rows == nullptr) return end > own.first ? end - 1 : -1;
 #pragma unroll 1
   for (; end > own.first; end -= 32) {
     const int tile = end - 1 - ptx::lane();
-    const bool any =
-        tile >= own.first && (keeps(blocks, own.keys, 0, tile) || keeps(blocks, own.keys, 1, tile));
+    const bool any = tile >= own.first && (keeps<kTileQueries>(blocks, own.keys, 0, tile) ||
+                                           keeps<kTileQueries>(blocks, own.keys, 1, tile));
     const uint32_t found = __ballot_sync(0xffffffff, any);
     if (found != 0) return end - 1 - lowest_bit(found);
   }
@@ -86,30 +88,18 @@ __device__ __forceinline__ float scale_log2_of(const BackwardParams& params) {
   return fabsf(params.scale) < 1e-30f ? 1e-30f : params.scale * kLog2E;
 }
 
-// Starts copying the statistics of `rows` queries of a view, two by each lane of a warp; zeros
-// where there is no row.
-__device__ __forceinline__ void fetch_stats(RowStats (&stats_smem)[kTileQueries],
+// Starts copying the statistics of `rows` queries of a view, for a warp; zeros where there is no
+// row.
+template <int kTileQueries>
+__device__ __forceinline__ void fetch_stats(Stats<kTileQueries>& stats_smem,
                                             const RowStats* stats_gmem, const SequenceView& view,
                                             int group, int first_row, int rows) {
 #pragma unroll 1
-  for (int row = 2 * ptx::lane(); row < 2 * ptx::lane() + 2; ++row) {
+  for (int row = ptx::lane(); row < kTileQueries; row += 32) {
     const RowStats* row_gmem = stats_gmem + view.position(group, first_row + row);
-    ptx::cp_async_4(&stats_smem[row].lse_log2, &row_gmem->lse_log2, row < rows);
-    ptx::cp_async_4(&stats_smem[row].delta, &row_gmem->delta, row < rows);
+    ptx::cp_async_4(&stats_smem.lse_log2[row], &row_gmem->lse_log2, row < rows);
+    ptx::cp_async_4(&stats_smem.delta[row], &row_gmem->delta, row < rows);
   }
-  ptx::cp_async_commit();
-}
-
-// What accumulators start from, when each lane has fetched its two queries.
-__device__ __forceinline__ void prepare_stats(Stats& stats_smem,
-                                              const RowStats (&fetched)[kTileQueries],
-                                              float unscale_log2) {
-  ptx::cp_async_wait<0>();
-  const int pair = ptx::lane();
-  const float4 own = *reinterpret_cast<const float4*>(&fetched[2 * pair]);
-  const float2 score = {own.x * -unscale_log2, own.z * -unscale_log2};
-  stats_smem.score[pair] = {score.x, score.y, score.x, score.y};
-  stats_smem.dscore[pair] = {-own.y, -own.w, -own.y, -own.w};
 }
 
 // The warp that loads.
@@ -117,15 +107,13 @@ template <class Config, class SharedMemory>
 __device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& params,
                                      const Plan& plan, const Maps& maps,
                                      const Workspace& workspace) {
+  constexpr int kTileQueries = Config::kTileQueries;
   using T = typename Config::Element;
   const Branch& branch = params.branch;
   const SequenceView& keys_view = branch.queries;
   const Segment& segment = branch.segments[0];
   const SequenceView& view = segment.keys;  // of queries
   const int lane = threadIdx.x;
-  const float unscale_log2 = 1 / scale_log2_of(params);
-  // One more than keys: who computes reads these of an item until it lets go of its keys.
-  Place<Config::kKeyStages + 1> own_place;
   Place<Config::kKeyStages> key_place;
   Place<Config::kStages> place;
   while (true) {
@@ -136,10 +124,10 @@ __device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& p
       if (lane == 0 && item.unit < plan.units) workspace.counters.publish(item.unit);
       continue;
     }
-    OwnTile& own = smem.own[own_place.stage];  // read when needed: registers are scarce
+    OwnTile& own = smem.own[key_place.twice()];  // read when needed: registers are scarce
     if (lane == 0) own.keys = item.keys, own.unit = item.unit;
     __syncwarp();
-    auto& attended_smem = smem.attended[own_place.stage];
+    auto& attended_smem = smem.attended[key_place.twice()];
     const int key_rows = keys_view.rows(own.keys.group);
     bool each = true;  // whether each key has a query
 #pragma unroll 1
@@ -166,7 +154,7 @@ __device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& p
         bool any = false;
 #pragma unroll 1
         for (int tile = own.first + lane; tile < own.end; tile += 32) {
-          any = any || keeps(branch.blocks, own.keys, part, tile);
+          any = any || keeps<kTileQueries>(branch.blocks, own.keys, part, tile);
         }
         if (__any_sync(0xffffffff, any)) continue;
         each = false;
@@ -175,13 +163,11 @@ __device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& p
       }
     }
     each = __all_sync(0xffffffff, each);
-    int number = query_tile_before(branch.blocks, own, own.end);
+    int number = query_tile_before<kTileQueries>(branch.blocks, own, own.end);
     if (lane == 0) {
       own.any_queries = number >= 0;
       if (number < 0) workspace.counters.publish(own.unit);
     }
-
-    own_place.advance();
 
     key_place.wait_empty(smem.key_ring);
     uint64_t& full = smem.key_ring.full[key_place.stage];
@@ -217,18 +203,14 @@ __device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& p
     const int unit = own.unit, query_rows = own.query_rows;
     const Rows<T> q_rows(maps.q, view, params.q, params.head_dim, keys.batch, keys.head);
     const Rows<T> dout_rows(maps.dout, view, params.dout, params.head_dim_v, keys.batch, keys.head);
-    const int before_end = attended_smem[0].end, after_first = attended_smem[kTileKeys + 1].first;
-    // How a warpgroup sees the tiles: lane `number` tells.
-    const int part = lane % Config::kConsumers;
-    const Interval* part_smem = attended_smem + 1 + part * kWarpgroupRows;
-    const int last_first = part_smem[kWarpgroupRows - 1].first, first_end = part_smem[0].end;
+    // The queries that all keys of warpgroup `lane` attend; for the other lanes, those that neither
+    // the keys before these attend nor the keys after.
+    const Interval* part_smem = attended_smem + 1 + lane * kWarpgroupRows;
+    const bool of_part = lane < Config::kConsumers;
+    const int inner_first = of_part ? part_smem[kWarpgroupRows - 1].first : attended_smem[0].end;
+    const int inner_end = of_part ? part_smem[0].end : attended_smem[kTileKeys + 1].first;
     const RowStats* stats_gmem =
         params.stats + (static_cast<int64_t>(keys.batch) * params.heads + keys.head) * params.seq_q;
-    const auto fetch = [&](int number) {
-      const int first_row = number * kTileQueries;
-      fetch_stats(smem.fetched, stats_gmem, view, keys.group, first_row, query_rows - first_row);
-    };
-    if (number >= 0) fetch(number);
 #pragma unroll 1
     while (number >= 0) {
       const int first_row = number * kTileQueries, after = first_row + kTileQueries;
@@ -238,35 +220,34 @@ __device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& p
       q_rows.template load<32>(smem.q[place.stage], tile_full, keys.group, first_row, end_row);
       dout_rows.template load<32>(smem.dout[place.stage], tile_full, keys.group, first_row,
                                   end_row);
-      const int next = query_tile_before(branch.blocks, own, number);
+      fetch_stats(smem.stats[place.stage], stats_gmem, view, keys.group, first_row,
+                  query_rows - first_row);
+      const int next = query_tile_before<kTileQueries>(branch.blocks, own, number);
       StreamedTile& tile_smem = smem.tile[place.stage];
-      if (lane < Config::kConsumers) {
-        const bool left_out =
-            branch.blocks.rows != nullptr && !keeps(branch.blocks, keys, part, number);
-        const bool cut_before = first_row < last_first;
-        const bool cut_after = keys.rows < kTileKeys || after > first_end;
+      const bool begins = first_row >= inner_first, ends = after <= inner_end;
+      if (of_part) {
+        const bool left_out = branch.blocks.rows != nullptr &&
+                              !keeps<kTileQueries>(branch.blocks, keys, lane, number);
+        const bool cut_before = !begins, cut_after = keys.rows < kTileKeys || !ends;
         const bool copied =
             !maps.q.holds(first_row, end_row) || !maps.dout.holds(first_row, end_row);
-        tile_smem.marks[part] =
+        tile_smem.marks[lane] =
             (cut_before ? StreamedTile::kCutBefore : 0) |
             (cut_after ? StreamedTile::kCutAfter : 0) | (left_out ? StreamedTile::kLeftOut : 0) |
             (copied ? StreamedTile::kCopied : 0) | (next < 0 ? StreamedTile::kLast : 0);
       }
-      if (lane == 0) {
-        tile_smem.first = before_end <= first_row;
-        tile_smem.complete = after_first >= after;
-        tile_smem.last = next < 0;
+      if (lane == Config::kConsumers) {  // one of the others
+        tile_smem.first = begins;
+        tile_smem.complete = ends;
         tile_smem.key_tile = keys.first_row / kTileKeys;
         tile_smem.unit = unit;
         tile_smem.number = unit * plan.query_tiles.value + number;
         tile_smem.slot = plan.slot_of(unit, number);
         tile_smem.queries = {keys.batch, keys.head, keys.group, first_row, end_row - first_row};
       }
-      prepare_stats(smem.stats[place.stage], smem.fetched, unscale_log2);
       ptx::cp_async_arrive(tile_full);
       __syncwarp();
       if (lane == 0) ptx::mbarrier_arrive(tile_full);  // what was not copied
-      if (next >= 0) fetch(next);
       place.advance();
       number = next;
     }
@@ -276,41 +257,47 @@ __device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& p
   ptx::cp_async_arrive(smem.ring.full[place.stage]);
   if (lane == 0) ptx::mbarrier_arrive(smem.ring.full[place.stage]);
   key_place.wait_empty(smem.key_ring);
-  smem.own[own_place.stage].keys.rows = 0;
+  smem.own[key_place.twice()].keys.rows = 0;
   ptx::cp_async_arrive(smem.key_ring.full[key_place.stage]);
   ptx::mbarrier_arrive(smem.key_ring.full[key_place.stage]);
 }
 
-// This lane's place in the 16 rows and 16 columns that ldmatrix and stmatrix move.
+// tile *= factors.
+template <class T, class Tile>
+__device__ __forceinline__ void multiply_elements(Tile& tile, const Rounded<T, Tile>& factors) {
+#pragma unroll
+  for (int i = 0; i < Tile::kColumnTiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const float2 pair = ptx::unpack<T>(factors.at[i / 2][i % 2 * 2 + j]);
+      tile.at[0][i][2 * j] *= pair.x;
+      tile.at[0][i][2 * j + 1] *= pair.y;
+    }
+  }
+}
+
+// A lane's place in the 16 rows and 16 columns that stmatrix moves.
 template <class Tile>
-__device__ __forceinline__ auto* matrix_row(Tile& tile_smem, int warp_row, int column) {
-  const int lane = threadIdx.x % 32;
+__device__ __forceinline__ auto* matrix_row(Tile& tile_smem, int lane, int warp_row, int column) {
   return tile_smem.at(warp_row + lane % 16, column / 8 + lane / 16);
 }
 
-// Own rows of a warp as a left operand.
-template <class T, int kColumns, class Tile>
-__device__ __forceinline__ void load_operand(Rounded<T, RegisterTile<16, kColumns>>& operand,
-                                             Tile& tile_smem, int warp_row) {
-#pragma unroll
-  for (int i = 0; i < kColumns / 16; ++i) {
-    ptx::ldmatrix_x4(operand.at[i], matrix_row(tile_smem, warp_row, 16 * i));
-  }
-}
-
-// The slot in which dq of a query tile is summed, over scale: of each half of the columns and of
-// each of four warps its 16 rows, a lane's part of 16 x 8 accumulators together.
+// The slot in which dq of a query tile is summed, over scale, in parts: 64 rows and half of the
+// columns. Of a part, of each of four warps its 16 rows, a lane's part of 16 x 8 accumulators
+// together.
 template <class Config>
 struct DqSlot {
   static constexpr int kColumnTiles = Config::kDqColumns / 8;
-  static constexpr int kWarps = 2 * 4;
+  static constexpr int kParts = 2 * Config::kQueryParts;
   static constexpr int kWarpVectors = kColumnTiles * 32;
 
-  static __device__ __forceinline__ float4* of(const Workspace& workspace, int slot, int warp) {
-    return workspace.slots + (static_cast<int64_t>(slot) * kWarps + warp) * kWarpVectors;
+  static __device__ __forceinline__ float4* of(const Workspace& workspace, int slot, int part,
+                                               int warp) {
+    const int64_t place = (static_cast<int64_t>(slot) * kParts + part) * 4 + warp;
+    return workspace.slots + place * kWarpVectors;
   }
 
-  // From the first accumulators of a warp to the i-th, across both halves.
+  // From the first accumulators of a warp to the i-th, across the columns of two parts.
   static __device__ __forceinline__ constexpr int vector(int i) {
     return i / kColumnTiles * 4 * kWarpVectors + i % kColumnTiles * 32;
   }
@@ -337,36 +324,37 @@ __device__ __forceinline__ void finish(SharedMemory& smem, const BackwardParams&
       continue;
     }
     T* head = head_gmem<T>(params.dq, queries.batch, queries.head);
-    // f(eight columns of the half, row, their address) for each that is this lane's.
+    // f(eight columns of a part, row, their address) for each that is this lane's.
     constexpr int kVectors = Config::kDqColumns / 8;
-    const auto for_each_part = [&](int half, auto f) {
+    const auto for_each_vector = [&](int part, auto f) {
+      const int first_row = part / 2 * kWarpgroupRows, first_column = part % 2 * Config::kDqColumns;
 #pragma unroll 1
-      for (int i = ptx::lane(); i < kTileQueries * kVectors; i += 32) {
-        const int row = i / kVectors, column = half * Config::kDqColumns + i % kVectors * 8;
-        if (row >= queries.rows || column >= params.head_dim) continue;
-        const int64_t token = view.position(queries.group, queries.first_row + row);
+      for (int i = ptx::lane(); i < kWarpgroupRows * kVectors; i += 32) {
+        const int row = i / kVectors, column = first_column + i % kVectors * 8;
+        if (first_row + row >= queries.rows || column >= params.head_dim) continue;
+        const int64_t token = view.position(queries.group, queries.first_row + first_row + row);
         f(i % kVectors, row,
           reinterpret_cast<uint4*>(head + token * params.dq.row_stride + column));
       }
     };
 #pragma unroll 1
-    for (int half = 0; half < Config::kConsumers; ++half) {
+    for (int part = 0; part < Slot::kParts; ++part) {
       __syncwarp();
       if (ptx::lane() == 0) {
         ptx::fence_async_proxy_global();
         ptx::mbarrier_expect(smem.sum_full, sizeof(smem.sum));
-        ptx::bulk_load(&smem.sum, Slot::of(workspace, job.slot, 4 * half), sizeof(smem.sum),
+        ptx::bulk_load(&smem.sum, Slot::of(workspace, job.slot, part, 0), sizeof(smem.sum),
                        smem.sum_full);
       }
       if (params.accumulate) {
-        for_each_part(half, [&](int vector, int row, const uint4* row_gmem) {
+        for_each_vector(part, [&](int vector, int row, const uint4* row_gmem) {
           ptx::cp_async_16(&smem.earlier[row][vector], row_gmem, true);
         });
       }
       ptx::cp_async_arrive(smem.sum_full);
       ptx::mbarrier_wait(smem.sum_full, sum_round);
       sum_round ^= 1;
-      for_each_part(half, [&](int vector, int row, uint4* row_gmem) {
+      for_each_vector(part, [&](int vector, int row, uint4* row_gmem) {
         const float* row_smem = smem.sum[row / 16][vector][row % 8 * 4] + row % 16 / 8 * 2;
         const uint4 earlier = params.accumulate ? smem.earlier[row][vector] : uint4{};
         const auto sum = [&](int j, uint32_t earlier) {
@@ -439,7 +427,7 @@ __device__ __forceinline__ void end_turns(SharedMemory& smem, const BackwardPara
     place.wait_full(smem.ring);
     const StreamedTile& tile = smem.tile[place.stage];
     const int number = tile.number, turn = tile.key_tile + 1, unit = tile.unit;
-    const bool last = tile.last;
+    const bool last = tile.marks[0] & StreamedTile::kLast;
     if (number < 0) break;
     bool complete = tile.complete;
     if (blocks.rows != nullptr) {
@@ -471,22 +459,22 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
   using Dq = typename Config::Dq;
   constexpr int kComputing = 128 * Config::kConsumers;
   const Branch& branch = params.branch;
-  const float scale_log2 = scale_log2_of(params);
-  const int warp_row = threadIdx.x / 32 % 4 * 16;  // of the part
-  Place<Config::kKeyStages + 1> own_place;
+  const float scale_log2 = scale_log2_of(params), unscale_log2 = 1 / scale_log2;
+  const int thread = ptx::kept(threadIdx.x % 128);
+  const int warp_row = thread / 32 * 16;  // of the part
   Place<Config::kKeyStages> key_place;
   Place<Config::kStages> place;
   Place<Config::kSharedStages> shared_place, sum_place;  // in dscores: written, read
   while (true) {
     const int key_stage = key_place.stage;
     key_place.wait_full(smem.key_ring);
-    const OwnTile& own_tile = smem.own[own_place.stage];
+    const OwnTile& own_tile = smem.own[key_place.twice()];
     const QueryTile& own = own_tile.keys;  // read when needed: registers are scarce
     if (own.rows == 0) break;
     auto& keys_smem = smem.keys[key_stage];
     auto& part_smem = keys_smem[number];
     const Interval* attended_smem =
-        smem.attended[own_place.stage] + 1 + number * kWarpgroupRows + warp_row;
+        smem.attended[key_place.twice()] + 1 + number * kWarpgroupRows + warp_row;
 
     typename Config::Dk dk;  // over scale
     typename Config::Dv dv;
@@ -496,12 +484,6 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
     ptx::pin(dv);
     Scores weights, dscores;
     Rounded<T, Scores> rounded_weights, rounded_dscores;
-    Rounded<T, RegisterTile<16, Config::kOwnInRegisters ? Config::kHeadDim : 16>> own_k;
-    Rounded<T, RegisterTile<16, Config::kOwnInRegisters ? Config::kHeadDimV : 16>> own_v;
-    if constexpr (Config::kOwnInRegisters) {
-      load_operand(own_k, part_smem.k, warp_row);
-      load_operand(own_v, part_smem.v, warp_row);
-    }
     ptx::fence_async_proxy();  // between cp.async and wgmma
     int marks;                 // of the tile at `place`
     const auto await_queries = [&] {
@@ -512,37 +494,44 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
       ptx::fence_async_proxy_if(marks & StreamedTile::kCopied);
       ptx::wgmma_fence();
     };
-    const auto is_last = [&] { return __any_sync(0xffffffff, marks & StreamedTile::kLast); };
-    // Products add to the statistics.
-    const auto begin = [](Scores& product, const float4* stats_smem) {
+    // f(element, statistic of its query).
+    const auto for_each_with = [thread](Scores& product, const float* stats_smem, auto f) {
 #pragma unroll
       for (int j = 0; j < Scores::kColumnTiles; ++j) {
-        const float4 four = stats_smem[4 * j + threadIdx.x % 4];
+        const float2 pair = reinterpret_cast<const float2*>(stats_smem)[4 * j + thread % 4];
         float (&own)[4] = product.at[0][j];
-        own[0] = four.x, own[1] = four.y, own[2] = four.z, own[3] = four.w;
+        f(own[0], pair.x), f(own[1], pair.y), f(own[2], pair.x), f(own[3], pair.y);
       }
+    };
+    // Products may add to the statistics.
+    const auto begin = [&](Scores& product, const float* stats_smem, float factor) {
+      if constexpr (!Config::kStatsFirst) return;
+      for_each_with(product, stats_smem,
+                    [&](float& element, float statistic) { element = statistic * factor; });
       ptx::pin(product);
     };
-    const auto begin_scores = [&] { begin(weights, smem.stats[place.stage].score); };
-    const auto begin_dscores = [&] { begin(dscores, smem.stats[place.stage].dscore); };
+    const auto begin_scores = [&] {
+      begin(weights, smem.stats[place.stage].lse_log2, -unscale_log2);
+    };
+    const auto begin_dscores = [&] { begin(dscores, smem.stats[place.stage].delta, -1.f); };
     const auto start_scores = [&] {
-      if constexpr (Config::kOwnInRegisters) {
-        start_multiply_transposed<T, true>(weights, own_k, smem.q[place.stage]);
-      } else {
-        start_multiply_transposed<T, true>(weights, part_smem.k, smem.q[place.stage]);
-      }
+      start_multiply_transposed<T, Config::kStatsFirst>(weights, part_smem.k, smem.q[place.stage]);
     };
     const auto start_dscores = [&] {
-      if constexpr (Config::kOwnInRegisters) {
-        start_multiply_transposed<T, true>(dscores, own_v, smem.dout[place.stage]);
-      } else {
-        start_multiply_transposed<T, true>(dscores, part_smem.v, smem.dout[place.stage]);
-      }
+      start_multiply_transposed<T, Config::kStatsFirst>(dscores, part_smem.v,
+                                                        smem.dout[place.stage]);
     };
     // From scores, in place.
     const auto find_weights = [&] {
       ptx::pin(weights);
-      weights.for_each([&](float& weight, int, int) { weight = ptx::exp2(weight * scale_log2); });
+      if constexpr (Config::kStatsFirst) {
+        weights.for_each([&](float& weight, int, int) { weight = ptx::exp2(weight * scale_log2); });
+      } else {
+        for_each_with(weights, smem.stats[place.stage].lse_log2,
+                      [&](float& weight, float lse_log2) {
+                        weight = ptx::exp2(weight * scale_log2 - lse_log2);
+                      });
+      }
       const bool cut_before = marks & StreamedTile::kCutBefore;
       const bool cut_after = marks & StreamedTile::kCutAfter;
       const bool left_out = marks & StreamedTile::kLeftOut;
@@ -558,7 +547,11 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
     // From gradients of weights, in place.
     const auto find_dscores = [&] {
       ptx::pin(dscores);
-      dscores.for_each(weights, [&](float& dscore, float weight, int, int) { dscore *= weight; });
+      if constexpr (!Config::kStatsFirst) {
+        for_each_with(dscores, smem.stats[place.stage].delta,
+                      [](float& dscore, float delta) { dscore -= delta; });
+      }
+      multiply_elements(dscores, rounded_weights);
       ptx::pin(dscores);
     };
     // With the other warpgroup.
@@ -567,12 +560,13 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
       shared_place.wait_empty(ring);
 #pragma unroll
       for (int i = 0; i < Scores::kColumns / 16; ++i) {
-        ptx::stmatrix_x4(matrix_row(smem.dscores[shared_place.stage][number], warp_row, 16 * i),
+        auto& queries_smem = smem.dscores[shared_place.stage][number][i / 4];
+        ptx::stmatrix_x4(matrix_row(queries_smem, thread % 32, warp_row, i % 4 * 16),
                          rounded_dscores.at[i]);
       }
       ptx::fence_async_proxy();
       __syncwarp();
-      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ring.full[shared_place.stage]);
+      if (thread % 32 == 0) ptx::mbarrier_arrive(ring.full[shared_place.stage]);
       shared_place.advance();
     };
     const auto start_dk = [&](const auto& summed) {
@@ -581,22 +575,23 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
       } else {
         sum_place.wait_full(smem.shared_ring[number * Config::kSharedRings / Config::kConsumers]);
         ptx::wgmma_fence();
-        start_multiply_add<T>(dk, smem.dscores[sum_place.stage][number], smem.q[summed.stage]);
+        start_multiply_add<T>(dk, smem.dscores[sum_place.stage][number][0], smem.q[summed.stage]);
       }
     };
     const auto start_dq = [&](Dq& dq) {
-      const int column = Config::kTakesTurns ? 0 : number * Config::kDqColumns;
+      const int part = Config::kQueryParts == 1 ? 0 : number;
+      const int column = Config::kQueryParts == 1 ? number * Config::kDqColumns : 0;
       const auto& dscores_smem = smem.dscores[sum_place.stage];
       for (auto& ring : smem.shared_ring) sum_place.wait_full(ring);
       ptx::wgmma_fence();
-      multiply_across<T, false>(dq, dscores_smem[0], keys_smem[0].k, column);
-      multiply_across<T, true>(dq, dscores_smem[1], keys_smem[1].k, column);
+      multiply_across<T, false>(dq, dscores_smem[0][part], keys_smem[0].k, column);
+      multiply_across<T, true>(dq, dscores_smem[1][part], keys_smem[1].k, column);
       ptx::wgmma_commit();
     };
     const auto add_dq = [&](const Dq& dq, int slot, bool first) {
       using Slot = DqSlot<Config>;
-      const int warp = (Config::kTakesTurns ? 0 : 4 * number) + threadIdx.x / 32 % 4;
-      float4* slot_gmem = Slot::of(workspace, slot, warp) + ptx::lane();
+      const int part = number * Config::kQueryParts;
+      float4* slot_gmem = Slot::of(workspace, slot, part, thread / 32) + thread % 32;
       const auto for_each = [&](auto f) {
 #pragma unroll
         for (int j = 0; j < Dq::kColumnTiles; ++j) {
@@ -610,27 +605,21 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
         for_each([](float4* gmem, float4 value) { ptx::add(gmem, value); });
       }
     };
-    // Tells that a tile of queries has been read, and that our share of its dq is added.
-    const auto let_go = [&](const auto& summed) {
-      sum_place.advance();
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(smem.added[summed.stage]);
-    };
-    // In our turn, while kPending younger products run.
-    const auto end_dq = [&](const auto& summed, Dq& dq, auto pending) {
+    // In our turn.
+    const auto end_dq = [&](const auto& summed, Dq& dq) {
       // A loop: ptxas moves no wait for wgmma above it.
       ptx::mbarrier_wait(smem.turn[summed.stage], summed.round);
       const StreamedTile& streamed = smem.tile[summed.stage];
       const int slot = streamed.slot;
       const bool first = streamed.first;
-      ptx::wgmma_wait<decltype(pending)::value>();
+      ptx::wgmma_wait<0>();
       ptx::pin(dq);
       for (auto& ring : smem.shared_ring) sum_place.arrive_empty(ring);
+      sum_place.advance();
       add_dq(dq, slot, first);
-      let_go(summed);
+      __syncwarp();
+      if (thread % 32 == 0) ptx::mbarrier_arrive(smem.added[summed.stage]);
     };
-    using Pending0 = std::integral_constant<int, 0>;
-    using Pending2 = std::integral_constant<int, 2>;
     const auto end_sums = [&] {
       ptx::pin(dk);
       ptx::pin(dv);
@@ -671,76 +660,19 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
         ptx::wgmma_wait<2>();
         find_weights();
       }
-      end_dq(summed, dq, Pending0{});
+      end_dq(summed, dq);
       end_sums();
-    };
-    // All queries, where kWide: scores and their gradients of a tile beside the sums of the one
-    // before it; and dq of the one before that, which the other warpgroup has long shared.
-    const auto wide_steps = [&] {
-      const auto find_all = [&] {
-        begin_scores();
-        begin_dscores();
-        fence_queries();
-        start_scores();
-        start_dscores();
-        ptx::wgmma_wait<1>();
-        find_weights();
-        ptx::wgmma_wait<0>();
-        end_sums();
-        find_dscores();
-        rounded_weights.round(weights);
-        rounded_dscores.round(dscores);
-        share_dscores();
-      };
-      Place<Config::kStages> earlier, summed;
-      find_all();
-      for (int tile = 0;; ++tile) {
-        earlier = summed, summed = place;
-        place.advance();
-        const bool any_earlier = tile > 0, ours = (tile & 1) != number;
-        const auto start_sums = [&] {
-          start_multiply_add<T>(dv, rounded_weights, smem.dout[summed.stage]);
-          start_dk(summed);
-        };
-        Dq dq;
-        if (__any_sync(0xffffffff, any_earlier && ours)) {
-          start_dq(dq);
-          start_sums();
-          end_dq(earlier, dq, Pending2{});
-        } else {
-          ptx::wgmma_fence();
-          start_sums();
-          if (any_earlier) let_go(earlier);
-        }
-        if (is_last()) {
-          if (__any_sync(0xffffffff, ours)) {
-            ptx::wgmma_wait<0>();
-            let_go(summed);
-          } else {
-            start_dq(dq);
-            end_dq(summed, dq, Pending0{});
-          }
-          end_sums();
-          break;
-        }
-        await_queries();
-        find_all();
-      }
     };
     if (own_tile.any_queries) {
       await_queries();
-      if constexpr (Config::kWide) {
-        wide_steps();
-      } else {
-        begin_scores();
-        fence_queries();
-        start_scores();
-        ptx::wgmma_wait<0>();
-        find_weights();
+      begin_scores();
+      fence_queries();
+      start_scores();
+      ptx::wgmma_wait<0>();
+      find_weights();
 #pragma unroll 1
-        while (!(marks & StreamedTile::kLast)) step(std::true_type{});
-        step(std::false_type{});
-      }
+      while (!(marks & StreamedTile::kLast)) step(std::true_type{});
+      step(std::false_type{});
     }
 
     // dk and dv take the place of k and v.
@@ -779,7 +711,6 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
     store(part_smem.v, params.dv, params.head_dim_v);
     key_place.arrive_empty(smem.key_ring);
     key_place.advance();
-    own_place.advance();
   }
 }
 
@@ -798,8 +729,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
       ptx::mbarrier_init(smem.turn[stage], 1);
       ptx::mbarrier_init(smem.added[stage], kWarps);
     }
-    for (auto& ring : smem.shared_ring)
-      ring.init(kWarps / Config::kSharedRings, Config::kTakesTurns ? 4 : kWarps);
+    for (auto& ring : smem.shared_ring) ring.init(kWarps / Config::kSharedRings, kWarps);
     smem.job_ring.init(1, 1);
     ptx::mbarrier_init(smem.sum_full, 32);
     ptx::fence_mbarrier_init();

@@ -12,7 +12,6 @@
 namespace sparse_attn::sm90::backward_ordered {
 
 constexpr int kTileKeys = 128;
-constexpr int kTileQueries = 64;
 constexpr int kLeastBlock = 64;     // keys of a warpgroup, queries of a tile
 constexpr int kInFlight = 2 * 132;  // items: each multiprocessor of an H100 computes one, loads one
 
@@ -21,6 +20,11 @@ constexpr int kInFlight = 2 * 132;  // items: each multiprocessor of an H100 com
 constexpr int kernel_head_dim(int head_dim, int head_dim_v) {
   const int wider = head_dim < head_dim_v ? head_dim_v : head_dim;
   return wider <= 32 || wider > 128 ? 0 : head_dim <= 64 ? 64 : 128;
+}
+
+// The queries of a tile: as many as registers hold the scores of, and no more than a block.
+constexpr int queries_of_tile(int head_dim, int head_dim_v, int block) {
+  return head_dim > 64 || head_dim_v > 64 || block == 64 ? 64 : 128;
 }
 
 // A tile of keys. No row if the group is short, or there is no such unit.
@@ -36,6 +40,7 @@ struct Plan {
   int count;  // items
   int units;
   int first_head;
+  int tile_queries;
   Divisor together;   // units
   Divisor key_tiles;  // of a unit
   Divisor groups;
@@ -82,7 +87,7 @@ struct Plan {
   // The slots follow them.
   int64_t slots_at() const { return (4 * counters() + 127) / 128 * 128; }
   int64_t bytes(int head_dim) const {
-    return slots_at() + int64_t{slots.value} * kTileQueries * head_dim * 4;
+    return slots_at() + int64_t{slots.value} * tile_queries * head_dim * 4;
   }
 
   // For a transposed branch and a kernel of some head dim. None if the kernel is not made for it,
@@ -92,8 +97,10 @@ struct Plan {
     const SequenceView& keys = branch.queries;
     const SequenceView& queries = branch.segments[0].keys;
     if (!fits(branch)) return std::nullopt;
+    const int tile_queries =
+        queries_of_tile(params.head_dim, params.head_dim_v, branch.blocks.size);
     const int key_tiles = tiles(keys.max_rows, kTileKeys);
-    const int query_tiles = tiles(queries.max_rows, kTileQueries);
+    const int query_tiles = tiles(queries.max_rows, tile_queries);
     const int64_t units = int64_t{params.batch} * params.head_count * keys.groups;
     if (units == 0 || (units + 16) * greatest(key_tiles, query_tiles) > 1 << 30)
       return std::nullopt;
@@ -101,24 +108,30 @@ struct Plan {
     Plan plan{};
     plan.units = static_cast<int>(units);
     plan.first_head = params.first_head;
+    plan.tile_queries = tile_queries;
     plan.key_tiles = Divisor::of(key_tiles);
     plan.groups = Divisor::of(keys.groups);
     plan.heads = Divisor::of(params.head_count);
     plan.query_tiles = Divisor::of(query_tiles);
 
-    const int64_t most_slots = (int64_t{64} << 20) / (kTileQueries * head_dim * 4);
-    const int reach = most_reached(branch, key_tiles);
+    const int64_t most_slots = (int64_t{64} << 20) / (tile_queries * head_dim * 4);
+    const int reach = most_reached(branch, key_tiles, tile_queries);
     // In a window every query tile has keys, and these follow each other.
     plan.by_unit = branch.blocks.size != 0 || branch.segments[0].part != Part::inside ||
                    keys.groups > 1 || 4 * reach > query_tiles;
-    // Waits for turns are short if items of the same unit do not begin one right after the other;
-    // where key tiles meet in any order, they are longer. Fewer units stay in L2; a window of wide
-    // heads has long steps, and so short waits.
-    const int most_together = branch.blocks.size != 0 ? 16 : plan.by_unit || head_dim <= 64 ? 8 : 1;
+    const int64_t most_units = std::min(units, most_slots / query_tiles);
+    // Waits for turns are short if items of the same unit do not begin one right after the other.
+    // But of wide heads few stay in L2, and their windows have long steps, and so short waits; and
+    // where units are soon done, the next ones wait for their slots.
+    int most_together = 16;
+    if (branch.blocks.size == 0) {
+      const bool waits = most_units < units && most_together * key_tiles < 4 * kInFlight;
+      if (plan.by_unit && (head_dim > 64 || waits)) most_together = 8;
+      if (!plan.by_unit && head_dim > 64) most_together = 1;
+    }
     int64_t together = std::min<int64_t>(units, most_together);
     int64_t slots;
     if (plan.by_unit) {
-      const int64_t most_units = std::min(units, most_slots / query_tiles);
       // Too few items would be in flight: the first keys of a unit may wait for its last.
       if (most_units < units && most_units * key_tiles < kInFlight / 2) return std::nullopt;
       together = std::min(together, most_units);
@@ -157,7 +170,7 @@ struct Plan {
   }
 
   // The most query tiles that a key tile reaches, but for a tile or two.
-  static int most_reached(const Branch& branch, int key_tiles) {
+  static int most_reached(const Branch& branch, int key_tiles, int tile_queries) {
     const SequenceView& keys = branch.queries;
     const auto bounds = [&](int row) {
       return branch.segments[0].bounds(branch.run, 0, keys.position(0, row));
@@ -167,7 +180,7 @@ struct Plan {
       const int first_row = key_tile * kTileKeys;
       const int last_row = least(first_row + kTileKeys, keys.max_rows) - 1;
       most = greatest(
-          most, tiles(bounds(last_row).end, kTileQueries) - bounds(first_row).first / kTileQueries);
+          most, tiles(bounds(last_row).end, tile_queries) - bounds(first_row).first / tile_queries);
     }
     return most;
   }
