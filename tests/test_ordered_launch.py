@@ -121,6 +121,38 @@ def test_gradients(name: str, seq: int, head_dims: tuple[int, int], dtype: torch
         assert_close(name, actual, getattr(exact, name), getattr(low, name))
 
 
+def test_weights_of_very_many_keys() -> None:
+    """Some 1 / n, where fp16 has no normal numbers; dout as with loss scaling, of late queries."""
+    n = 1 << 17
+    q, k, v, dout = (x[:1] for x in inputs(n, heads=2))
+    late = slice(n // 2, n)
+    dout = torch.where(torch.arange(n, device="cuda")[:, None] >= late.start, 1000 * dout, 0)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    q, k, v = leaves
+    out, lse = sa.attention(q, k, v, sa.Dense(), return_lse=True, backend="cuda_sm90")
+    dq, dk, dv = torch.autograd.grad(out, leaves, dout)
+    q, k, v, dout, out, lse = (x[0, 1].detach().double() for x in (q, k, v, dout, out, lse))
+    delta = (dout * out).sum(-1)
+
+    def gradients_of_scores(rows: slice, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        weights = (q[rows] @ k[columns].T / 8 - lse[rows, None]).exp()
+        return weights, weights * (dout[rows] @ v[columns].T - delta[rows, None])
+
+    # The last query attends every key, every late query the first keys.
+    last, first = slice(n - 1, n), slice(0, 4)
+    wanted = gradients_of_scores(last, slice(0, n))[1] @ k / 8
+    assert_near("dq", dq[0, 1, last], wanted)
+    weights, dscores = gradients_of_scores(late, first)
+    assert_near("dk", dk[0, 1, first], dscores.T @ q[late] / 8)
+    assert_near("dv", dv[0, 1, first], weights.T @ dout[late])
+
+
+def assert_near(name: str, actual: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Roundings to 11 bits give some .0004; weights in steps of 2^-24, at 1 / n, .0012."""
+    error = float((actual - wanted).norm() / wanted.norm())
+    assert error < 0.0008, f"{name} is off by {error:.2g}"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_same_bits_in_every_run(name: str) -> None:
     """In whichever order CTAs come to their turns; and a head among others as alone."""

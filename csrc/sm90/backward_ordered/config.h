@@ -95,6 +95,10 @@ struct Config {
   static constexpr bool kDscoresInRegisters = !kWide;
   // Products add to the statistics; where a tile is long, these are read when products have ended.
   static constexpr bool kStatsFirst = !kLong;
+  // Registers do not hold dscores and weights of a long tile in fp32: it has weights in 16 bits for
+  // both sums. They are 2^8 times as large, so that those of 2^20 keys are normal numbers in fp16.
+  static constexpr float kWeightsLog2 = kLong ? 8.f : 0.f;
+  static constexpr float kUnscale = kLong ? 1.f / 256 : 1.f;
   // One, or one of each warpgroup where who sums dk waits for its own dscores alone.
   static constexpr int kSharedRings = kDscoresInRegisters ? 1 : kConsumers;
   // Of a lane that loads and of one that computes.

@@ -527,10 +527,10 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
       if constexpr (Config::kStatsFirst) {
         weights.for_each([&](float& weight, int, int) { weight = ptx::exp2(weight * scale_log2); });
       } else {
-        for_each_with(weights, smem.stats[place.stage].lse_log2,
-                      [&](float& weight, float lse_log2) {
-                        weight = ptx::exp2(weight * scale_log2 - lse_log2);
-                      });
+        for_each_with(
+            weights, smem.stats[place.stage].lse_log2, [&](float& weight, float lse_log2) {
+              weight = ptx::exp2(fmaf(weight, scale_log2, Config::kWeightsLog2 - lse_log2));
+            });
       }
       const bool cut_before = marks & StreamedTile::kCutBefore;
       const bool cut_after = marks & StreamedTile::kCutAfter;
@@ -547,11 +547,14 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
     // From gradients of weights, in place.
     const auto find_dscores = [&] {
       ptx::pin(dscores);
-      if constexpr (!Config::kStatsFirst) {
-        for_each_with(dscores, smem.stats[place.stage].delta,
-                      [](float& dscore, float delta) { dscore -= delta; });
+      if constexpr (Config::kStatsFirst) {
+        dscores.for_each(weights, [](float& dscore, float weight, int, int) { dscore *= weight; });
+      } else {
+        for_each_with(dscores, smem.stats[place.stage].delta, [](float& dscore, float delta) {
+          dscore = fmaf(dscore, Config::kUnscale, delta * -Config::kUnscale);
+        });
+        multiply_elements(dscores, rounded_weights);
       }
-      multiply_elements(dscores, rounded_weights);
       ptx::pin(dscores);
     };
     // With the other warpgroup.
@@ -704,7 +707,7 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
       sync();
     }
     write(part_smem.k, dk, params.scale);
-    write(part_smem.v, dv, 1.f);
+    write(part_smem.v, dv, Config::kUnscale);
     ptx::fence_async_proxy();  // between this and the next keys; not after stores it would wait for
     sync();
     store(part_smem.k, params.dk, params.head_dim);
