@@ -126,6 +126,7 @@ struct Config {
     RingBarriers<kKeyStages> v_ring;
     std::conditional_t<kScattered, uint64_t[kConsumers][kPairs], Nothing> listed;
   };
+  static_assert(!kScattered || kTakenStages == kQueryStages);
   static_assert(!kScattered || kKeyStages + kTakenStages < kPairs, "a list would overrun");
   static_assert(kCtas * (sizeof(SharedMemory) + 1024) <= 228 * 1024,
                 "a multiprocessor has 228 KB, a CTA takes 1 KB more than it asks for");

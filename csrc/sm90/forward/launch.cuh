@@ -43,6 +43,7 @@ void launch_one(const ForwardParams& params) {
   const BranchMaps maps = maps_of<Config>(params, branch);
   if constexpr (Config::kScattered) {  // loads by tensor maps alone
     if (maps.some_copied) return launch_one<T, kHeadDim, kHeadDimV, Reach::few>(params);
+    REQUIRE(branch.segment_count == 1, "blocks are of one key view");
   }
   launch_staying<Config>(
       forward_kernel<Config, QueryTiles>, params,
