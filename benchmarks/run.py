@@ -303,7 +303,7 @@ def host_times(clock: Clock) -> list[HostTime]:
         "compiled": {name: partial(compiled(call), *inputs) for name, call in calls.items()},
     }
     torch.compiler.reset()
-    return [time for mode, timed in modes.items() for time in _host_times(mode, timed, clock)]
+    return [host for mode, timed in modes.items() for host in _host_times(mode, timed, clock)]
 
 
 def _host_times(

@@ -139,7 +139,8 @@ def host_us(
     """Microseconds until a call returns to the host, the work small enough not to fill a queue.
 
     The calls take turns, since whatever else a host does slows them by up to two times; the median
-    over the rounds."""
+    over the rounds.
+    """
     for call in calls.values():
         for _ in range(20):
             call()

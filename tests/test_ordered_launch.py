@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Backward launches whose CTAs take turns to add to dq.
 
-They must end, and give the same bits, whatever else is on the GPU; and the gradients must be right
-for more query tiles than are summed at a time, which the other tests do not have.
+They must end, and give the same bits, whatever else is on the GPU (so must all other backward
+launches); and the gradients must be right for more query tiles than are summed at a time, which the
+other tests do not have.
 """
 
 from __future__ import annotations
