@@ -31,6 +31,7 @@ class Case:
     head_dim: int
     head_dim_v: int
     dtype: torch.dtype = torch.float16
+    tokens_first: bool = False  # (batch, seq, heads, dim) memory, not (batch, heads, seq, dim)
     # Peers that run here only if named: they compile for 10 s or more a row.
     without: frozenset[str] = frozenset()
 
@@ -100,6 +101,7 @@ def run_cases() -> list[Case]:
         replace(large, name="Local(1024)", pattern=Local(1024), without=frozenset()),
         replace(large, name="Dense, batch 1", batch=1),
         *_layouts(replace(small, table="blocks")),
+        *_tokens_first(small, large),
         *_odd_shapes(replace(small, table="other", without=COMPILED)),
         *_memory(replace(small, table="memory", batch=1)),
         *_named(far, {"Local(1024)": Local(1024), "Strided(1024)": Strided(1024)}),
@@ -156,6 +158,21 @@ def _layouts(shape: Case) -> list[Case]:
         )
         for block in LAYOUT_BLOCKS
         for density in DENSITIES
+    ]
+
+
+def _tokens_first(small: Case, large: Case) -> list[Case]:
+    """Rows again with tensors as the model has them, (batch, seq, heads, dim)."""
+    patterns: dict[str, Pattern] = {
+        "Local(128)": Local(128),
+        "Chunk(128)": Chunk(128),
+        "Dilated(128)": Dilated(128),
+        "Strided(128)": Strided(128),
+    }
+    return [
+        replace(case, table=f"{case.table} tokens first", tokens_first=True, without=COMPILED)
+        for shape in (small, large)
+        for case in _named(shape, patterns)
     ]
 
 

@@ -30,9 +30,11 @@ the GPU starts; least and greatest round beside it. Inputs are normal random dat
 together exceed three L2 caches. Forward is timed as in training (inputs require grad), backward
 alone with its graph kept. Compilation and BlockMask are not in the times: `first call` and
 `BlockMask` say what they took; BlockMasks are built in strips, which is cheaper than
-create_block_mask. 'view': the dense kernel on a zero-copy view of chunks or residues, inputs in
-(batch, seq, heads, dim) memory. 'dense, 4 x batch 1': what attention without sparsity takes.
-'deterministic': with the option that gives the same bits in every call, as ours always does.
+create_block_mask. Tensors are in (batch, heads, seq, dim) memory; those of all competitors in
+(batch, seq, heads, dim) memory where a table says 'tokens first'. 'view': the dense kernel on a
+zero-copy view of chunks or residues, tokens first. 'dense, 4 x batch 1': what attention without
+sparsity takes. 'deterministic': with the option that gives the same bits in every call, as ours
+always does.
 Floor: the longer of moving every tensor once at the copy bandwidth (bytes read + written) and of
 computing the products of attended pairs alone at the rate of an 8192^3 matrix product, both
 measured in the same run; backward moves twice the forward's bytes and takes 2.5 times its products.

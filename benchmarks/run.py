@@ -164,7 +164,8 @@ class RowRun:
         for entry in entries:
             entry.note, entry.block_mask_s = prepared.note, prepared.block_mask_s
         try:
-            runner = Runner(prepared, self.inputs(prepared.case, prepared.tokens_first), [])
+            tokens_first = prepared.tokens_first or prepared.case.tokens_first
+            runner = Runner(prepared, self.inputs(prepared.case, tokens_first), [])
             reference = self.reference(prepared.case)
             begin = time.perf_counter()
             out = runner.forward(0)

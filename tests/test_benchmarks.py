@@ -199,6 +199,21 @@ def test_a_wrong_peer_is_caught_and_gets_no_time() -> None:
         assert 0 < ours.ms_min <= ours.ms <= ours.ms_max
 
 
+@pytest.mark.parametrize("tokens_first", [False, True])
+def test_competitors_get_the_memory_of_the_case(tokens_first: bool) -> None:
+    case = replace(small(sa.Local(7)), tokens_first=tokens_first)
+    seen: set[bool] = set()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen.update(x.stride(1) < x.stride(2) for x in (q, k, v))
+        return sa.attention(q, k, v, sa.Local(7))
+
+    (row,) = run.run_row(
+        case, [Fake("fake", attend)], timing.CpuClock(), RATES, run.Limits(), False, 1, 0.1
+    )
+    assert entry_of(row, "fake").status == "ok" and seen == {tokens_first}
+
+
 def test_no_peer_is_dropped() -> None:
     absent = peers.Kernel("absent", lambda: peers._load_flash("no_such_module", False), True)
     forward_only = Fake("forward only", lambda q, k, v: sa.attention(q, k, v, sa.Local(7)))

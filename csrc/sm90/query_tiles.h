@@ -12,6 +12,7 @@ constexpr int kWarpgroupRows = 64;  // the rows of one wgmma
 // In which order, so that CTAs that stay share the work and what is in the L2 cache.
 enum class Order {
   by_head,    // a head's tiles together: they read the same keys
+  by_token,   // those of all heads together: in (batch, seq, heads, dim) memory they are neighbours
   by_length,  // of some groups at a time the longest first: a CTA's tiles then differ least
 };
 
@@ -24,10 +25,10 @@ struct QueryTiles {
   bool later_first;  // without a future, the later queries attend more keys
   int missing;       // rows of the first tile, if a group has fewer than its tiles
   Order order;
-  Divisor groups;
-  Divisor tiles;  // of a group
-  Divisor heads;
-  Divisor section;  // (batch, head, group) that go together
+  Divisor tiles;    // of a unit, a (batch, head, group)
+  Divisor section;  // units that go together
+  Divisor inner;    // by_token: heads, else groups
+  Divisor outer;    // the other
 
   // `part_rows`: what a warpgroup takes of a tile. If there is nothing to take for some, then in
   // the first tile of a group, where queries attend few keys, not in the last. `together`: so many
@@ -38,20 +39,25 @@ struct QueryTiles {
     const int64_t count = QueryTile::count(queries, tile_rows, heads, batch);
     REQUIRE(count <= 0x7fffffff, "more than 2^31 - 1 tiles in one launch");
     const int tiles = (queries.max_rows + tile_rows - 1) / tile_rows;
-    // The L2 cache of an H100 holds their keys and values: of 16 heads of some MB each, or of
-    // groups that have 65,536 rows in all.
-    int section = greatest(together, least((1 << 16) / greatest(queries.max_rows, 1), 128));
-    while (queries.groups * int64_t{heads} * batch % section != 0) --section;
+    const int inner = order == Order::by_token ? heads : queries.groups;
+    const int outer = order == Order::by_token ? queries.groups : heads;
+    int section = inner;
+    if (order == Order::by_length) {
+      // The L2 cache of an H100 holds their keys and values: of 16 heads of some MB each, or of
+      // groups that have 65,536 rows in all.
+      section = greatest(together, least((1 << 16) / greatest(queries.max_rows, 1), 128));
+      while (queries.groups * int64_t{heads} * batch % section != 0) --section;
+    }
     return {static_cast<int>(count),
             tile_rows,
             first_head,
             !branch.run.future,
             branch.run.future ? 0 : (tiles * tile_rows - queries.max_rows) / part_rows * part_rows,
             order,
-            Divisor::of(greatest(queries.groups, 1)),
             Divisor::of(greatest(tiles, 1)),
-            Divisor::of(greatest(heads, 1)),
-            Divisor::of(section)};
+            Divisor::of(greatest(section, 1)),
+            Divisor::of(greatest(inner, 1)),
+            Divisor::of(greatest(outer, 1))};
   }
 
   static QueryTiles of(const Branch& branch, int tile_rows, int first_head, int heads, int batch,
@@ -68,20 +74,15 @@ struct QueryTiles {
 
   HOST_DEVICE QueryTile at(int index, const SequenceView& queries) const {
     QueryTile tile;
-    int unit, number;
-    if (order == Order::by_length) {
-      number = index / section % tiles;
-      unit = index / section / tiles * section.value + index % section;
-    } else {
-      number = index / groups % tiles;
-      unit = index / groups / tiles * groups.value + index % groups;
-    }
-    tile.group = unit % groups;
-    const int pair = unit / groups;
+    const int number = index / section % tiles;
+    const int unit = index / section / tiles * section.value + index % section;
+    const int place = unit % inner, rest = unit / inner;
+    const int head = order == Order::by_token ? place : rest % outer;
+    tile.group = order == Order::by_token ? rest % outer : place;
     const int end_row = (later_first ? tiles.value - number : number + 1) * tile_rows - missing;
     tile.first_row = greatest(end_row - tile_rows, 0);
-    tile.head = first_head + pair % heads;
-    tile.batch = pair / heads;
+    tile.head = first_head + head;
+    tile.batch = rest / outer;
     tile.rows = greatest(least(queries.rows(tile.group), end_row) - tile.first_row, 0);
     return tile;
   }

@@ -64,13 +64,16 @@ ViewMap ViewMap::of(const TensorView& tensor, const SequenceView& view, int head
                             1, 1};
   const cuuint32_t steps[] = {1, 1, 1, 1, 1};
   char* base = static_cast<char*>(tensor.data) + int64_t{view.offset} * tensor.row_stride * 2;
+  // L2 fetches the rows of a tile and not what stands beside them, which is wanted later. With 256
+  // bytes at a time chunks in (batch, seq, heads, dim) memory took 11 % longer on an H100, two
+  // branches of head dim 128 in one launch 6 %.
   const CUresult status =
       encoder()(&result.map,
                 element == Element::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                             : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
                 5, base, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                 panel_columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) result.rows = -1;  // such as the stride 0 of an expanded tensor
   return result;
 }

@@ -35,6 +35,13 @@ BranchMaps maps_of(const ForwardParams& params, const Branch& branch) {
   return maps;
 }
 
+// Tiles of few keys in the order of memory, those of many by length.
+template <class Config>
+Order order_of(const ForwardParams& params) {
+  if (Config::kMany || params.branches[0].blocks.rows != nullptr) return Order::by_length;
+  return params.q.head_stride < params.q.row_stride ? Order::by_token : Order::by_head;
+}
+
 // One branch.
 template <class T, int kHeadDim, int kHeadDimV, Reach kReach>
 void launch_one(const ForwardParams& params) {
@@ -45,13 +52,12 @@ void launch_one(const ForwardParams& params) {
     if (maps.some_copied) return launch_one<T, kHeadDim, kHeadDimV, Reach::few>(params);
     REQUIRE(branch.segment_count == 1, "blocks are of one key view");
   }
-  launch_staying<Config>(
-      forward_kernel<Config, QueryTiles>, params,
-      QueryTiles::of(
-          branch, Config::kTileQueries, params.first_head, params.head_count, params.batch,
-          Config::kMany || branch.blocks.rows != nullptr ? Order::by_length : Order::by_head,
-          Config::kMany ? kWarpgroupRows : Config::kTileQueries, Config::kScattered ? 8 : 16),
-      ForwardMaps<1>{{maps}});
+  launch_staying<Config>(forward_kernel<Config, QueryTiles>, params,
+                         QueryTiles::of(branch, Config::kTileQueries, params.first_head,
+                                        params.head_count, params.batch, order_of<Config>(params),
+                                        Config::kMany ? kWarpgroupRows : Config::kTileQueries,
+                                        Config::kScattered ? 8 : 16),
+                         ForwardMaps<1>{{maps}});
 }
 
 // Two branches of few keys, the second close behind the first.
