@@ -277,6 +277,31 @@ def test_70_000_heads(batch: int, heads: int, pattern: Any) -> None:
     assert_right(flat_actual, flat, [oracle.mask(members, True, 5)])
 
 
+@pytest.mark.parametrize("kv_heads", [6, 2])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        sa.Local(100),
+        sa.Local(700),
+        sa.Chunk(130),
+        sa.Dilated(9),
+        sa.Strided(33),
+        (sa.Fixed(128, 20), sa.Chunk(40), *4 * (sa.Dilated(21),)),
+    ],
+    ids=str,
+)
+def test_memory_order_changes_no_bit(pattern: Any, kv_heads: int) -> None:
+    """(batch, heads, seq, dim) and (batch, seq, heads, dim): tiles go in another order."""
+    x = random_inputs((2, 6, 1101, 64), kv_heads)
+    tokens_first = Inputs(
+        *(tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in vars(x).values())
+    )
+    wanted, actual = run(x, pattern), run(tokens_first, pattern)
+    assert actual["out"].stride(1) < actual["out"].stride(2)
+    for name in wanted:
+        assert_same_bits(name, actual[name], wanted[name])
+
+
 # Short chunks and residues, several in a tile.
 
 
