@@ -145,10 +145,9 @@ void forward(const ForwardParams& params) {
 }
 
 int forward_counters(const ForwardParams& params) {
-  if (params.kernels != Kernels::sm90 || !sm90::forward::go_together(params)) return 0;
+  if (params.kernels != Kernels::sm90) return 0;
   const Kernel<ForwardParams>& kernel = choose(kForwardSm80, kForwardSm90, params);
-  const bool takes_two = sm90::forward::takes_two_branches(kernel.head_dim, kernel.head_dim_v);
-  return takes_two ? 1 + params.batch * params.head_count : 0;
+  return sm90::forward::counters_of(params, kernel.head_dim, kernel.head_dim_v);
 }
 
 void row_stats(const BackwardParams& params) {

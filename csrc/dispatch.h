@@ -23,8 +23,7 @@ void backward(const BackwardParams& params);
 void decode_parts(const DecodeParams& params);
 void decode_finish(const DecodeParams& params);
 
-// The integers that `counters` of a forward launch must have; 0 where its branches run one after
-// another.
+// The integers that `counters` of a forward launch must have.
 int forward_counters(const ForwardParams& params);
 
 // Head-dim pairs (head_dim, head_dim_v) that kernels are built for. Others run in the smallest pair

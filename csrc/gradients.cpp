@@ -5,6 +5,7 @@
 #include <optional>
 #include <stdexcept>
 
+#include "attention/reach.h"
 #include "sm90/backward_band/fits.h"
 #include "sm90/backward_ordered/plan.h"
 
@@ -79,6 +80,11 @@ void add_at_once(std::vector<GradientLaunch>& launches, GradientLaunch launch) {
   launches.push_back(launch);
 }
 
+// What two owners count tickets in.
+int64_t ticket_bytes(const BackwardParams& params) {
+  return params.kernels == Kernels::sm90 && by_tickets(params.branch) ? sizeof(int) : 0;
+}
+
 // dq of a branch; then dk and dv of each of its key views.
 void add_two_owners(std::vector<GradientLaunch>& launches, const BackwardParams& call,
                     const Branch& branch, const std::vector<Branch>& parts) {
@@ -87,11 +93,13 @@ void add_two_owners(std::vector<GradientLaunch>& launches, const BackwardParams&
   launch.params.branch = branch;
   launch.params.heads_together = 1;
   launch.params.accumulate = !launches.empty();
+  launch.workspace = ticket_bytes(launch.params);
   launches.push_back(launch);
   launch.params.owner = Owner::keys;
   launch.params.heads_together = call.heads_together;
   for (const Branch& part : parts) {
     launch.params.branch = transposed(part);
+    launch.workspace = ticket_bytes(launch.params);
     launches.push_back(launch);
     launch.params.accumulate = true;
   }

@@ -57,8 +57,8 @@ struct ForwardParams : CallParams {
   int branch_count;
   // Merge with what out and lse already hold: the branches of the plan before these.
   bool merge;
-  // Overwritten: orders the work on two branches in one launch. Of the size that forward_counters
-  // gives; null where that is 0.
+  // Overwritten: hands out the work, and orders that on two branches in one launch. Of the size
+  // that forward_counters gives; null where that is 0.
   int* counters;
 };
 
@@ -103,9 +103,10 @@ struct BackwardParams : CallParams {
   // in `stats` unless it is null. Else they are there.
   bool finds_stats;
   // If both own: of a branch with blocks, those of each block of queries, (heads, blocks, words) as
-  // the branch has those of keys; and what dq is summed in (sm90/backward_ordered/plan.h), null
-  // where that kernel does not run.
+  // the branch has those of keys.
   const uint32_t* query_blocks;
+  // Overwritten; of the bytes that GradientLaunch gives, null where these are 0. If both own: what
+  // dq is summed in (sm90/backward_ordered/plan.h), null for the kernel of bands. Else a ticket.
   void* workspace;
 };
 

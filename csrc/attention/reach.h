@@ -21,8 +21,14 @@ inline Reach reach_of(const Branch& branch) {
   }
   // Tuned on an H100: many pays from 512 keys on.
   if (keys < 512) return Reach::few;
-  if (branch.blocks.rows == nullptr || branch.blocks.size >= 128) return Reach::many;
+  if (branch.blocks.size == 0 || branch.blocks.size >= 128) return Reach::many;
   return branch.blocks.size == 64 ? Reach::scattered : Reach::few;
+}
+
+// Tiles of many keys differ in length: CTAs that stay take one when they are done with another.
+// Those of few go in turns.
+inline bool by_tickets(const Branch& branch) {
+  return reach_of(branch) != Reach::few || branch.blocks.size != 0;
 }
 
 }  // namespace sparse_attn

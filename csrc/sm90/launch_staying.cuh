@@ -13,6 +13,14 @@ int ctas_of(int device) {
   return multiprocessors(device) * Config::kCtas;
 }
 
+// Zeroes the first counters of a launch.
+template <class Params>
+void zero_counters(const Params& params, void* counters, int64_t count) {
+  REQUIRE(counters != nullptr, "a launch that hands out tickets needs counters");
+  CHECK_CUDA(
+      cudaMemsetAsync(counters, 0, sizeof(int) * count, static_cast<cudaStream_t>(params.stream)));
+}
+
 // CTAs that stay, as many as the GPU holds; each takes one of the tiles after another.
 template <class Config, class Params, class Tiles, class... Arguments>
 void launch_staying(void (*kernel)(Params, Tiles, Arguments...), const Params& params,

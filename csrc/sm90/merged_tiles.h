@@ -31,7 +31,7 @@ struct MergedTiles {
                         int heads, int batch, int distance) {
     MergedTiles tiles{};
     for (int i = 0; i < kBranches; ++i) {
-      tiles.branch[i] = QueryTiles::of(branches[i], tile_rows, first_head, heads, batch);
+      tiles.branch[i] = QueryTiles::by_head(branches[i], tile_rows, first_head, heads, batch);
     }
     tiles.heads = heads * batch;
     tiles.first = tiles.branch[0].count / greatest(tiles.heads, 1);

@@ -13,7 +13,7 @@ constexpr int kWarpgroupRows = 64;  // the rows of one wgmma
 enum class Order {
   by_head,    // a head's tiles together: they read the same keys
   by_token,   // those of all heads together: in (batch, seq, heads, dim) memory they are neighbours
-  by_length,  // of some groups at a time the longest first: a CTA's tiles then differ least
+  by_length,  // of some units at a time the longest first; handed out by tickets, for they differ
 };
 
 struct QueryTiles {
@@ -31,10 +31,9 @@ struct QueryTiles {
   Divisor outer;    // the other
 
   // `part_rows`: what a warpgroup takes of a tile. If there is nothing to take for some, then in
-  // the first tile of a group, where queries attend few keys, not in the last. `together`: so many
-  // groups at least.
+  // the first tile of a group, where queries attend few keys, not in the last. `ctas` share them.
   static QueryTiles of(const Branch& branch, int tile_rows, int first_head, int heads, int batch,
-                       Order order, int part_rows, int together = 16) {
+                       Order order, int part_rows, int ctas) {
     const SequenceView& queries = branch.queries;
     const int64_t count = QueryTile::count(queries, tile_rows, heads, batch);
     REQUIRE(count <= 0x7fffffff, "more than 2^31 - 1 tiles in one launch");
@@ -43,10 +42,11 @@ struct QueryTiles {
     const int outer = order == Order::by_token ? queries.groups : heads;
     int section = inner;
     if (order == Order::by_length) {
-      // The L2 cache of an H100 holds their keys and values: of 16 heads of some MB each, or of
-      // groups that have 65,536 rows in all.
-      section = greatest(together, least((1 << 16) / greatest(queries.max_rows, 1), 128));
-      while (queries.groups * int64_t{heads} * batch % section != 0) --section;
+      // As few as are nearly three tiles for each CTA: of fewer the longest of the last ones end
+      // late, and of more the keys leave the L2 cache. Tuned on an H100.
+      const int units = greatest(count / greatest(tiles, 1), 1);
+      section = least(greatest(8 * ctas / 3 / greatest(tiles, 1), 1), units);
+      while (units % section != 0) ++section;
     }
     return {static_cast<int>(count),
             tile_rows,
@@ -60,16 +60,9 @@ struct QueryTiles {
             Divisor::of(greatest(outer, 1))};
   }
 
-  static QueryTiles of(const Branch& branch, int tile_rows, int first_head, int heads, int batch,
-                       Order order = Order::by_head) {
-    return of(branch, tile_rows, first_head, heads, batch, order, tile_rows);
-  }
-
-  // The round-th tile of CTA `cta` of `ctas`; not less than `count`: none. With few rounds every
-  // other one goes backwards: who had a long tile gets a short one.
-  HOST_DEVICE int index(int round, int cta, int ctas) const {
-    const bool backwards = order == Order::by_length && round % 2 == 1 && count < 16 * ctas;
-    return backwards ? (round + 1) * ctas - 1 - cta : round * ctas + cta;
+  static QueryTiles by_head(const Branch& branch, int tile_rows, int first_head, int heads,
+                            int batch) {
+    return of(branch, tile_rows, first_head, heads, batch, Order::by_head, tile_rows, 1);
   }
 
   HOST_DEVICE QueryTile at(int index, const SequenceView& queries) const {

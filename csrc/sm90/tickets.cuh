@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which items a CTA that stays works on, and how an item waits for others of the same launch.
 //
-// Where items wait, they are handed out by tickets: in order, to whoever is there to take the next
-// one. A CTA works on its tickets in order, and an item waits only for smaller tickets. So the
-// least ticket that is not done waits for nobody, whichever CTAs are on the GPU and whatever else
-// runs there. For this to hold nothing that waits for a greater ticket may stand between the end of
-// an item and its publication: the warp that stores publishes right after, in order; an item
-// without rows is published as soon as it is taken.
+// Where items wait, or differ in length, they are handed out by tickets: in order, to whoever is
+// there to take the next one. A CTA works on its tickets in order, and an item waits only for
+// smaller tickets. So the least ticket that is not done waits for nobody, whichever CTAs are on the
+// GPU and whatever else runs there. For this to hold nothing that waits for a greater ticket may
+// stand between the end of an item and its publication: the warp that stores publishes right after,
+// in order; an item without rows is published as soon as it is taken.
 #pragma once
 
 #include "ptx/counter.cuh"
@@ -21,10 +21,12 @@ struct Counters {
 
   __device__ __forceinline__ int* done(int pair) const { return next + 1 + pair; }
 
+  // By one thread.
+  __device__ __forceinline__ int take() const { return atomicAdd(next, 1); }
+
   // The same ticket for all lanes of a warp.
-  __device__ __forceinline__ int take() const {
-    int ticket = 0;
-    if (threadIdx.x % 32 == 0) ticket = atomicAdd(next, 1);
+  __device__ __forceinline__ int take_by_warp() const {
+    const int ticket = threadIdx.x % 32 == 0 ? take() : 0;
     return __shfl_sync(0xffffffff, ticket, 0);
   }
 
@@ -44,20 +46,21 @@ struct Counters {
 template <class Tiles>
 struct Items;
 
-// Every so-many-th tile of one branch.
+// Of one branch, by length by tickets, else every so-many-th tile.
 template <>
 struct Items<QueryTiles> {
   const QueryTiles& tiles;
+  Counters counters;
   int round = 0;
 
-  __device__ __forceinline__ Items(const QueryTiles& tiles, Counters) : tiles(tiles) {}
+  __device__ __forceinline__ Items(const QueryTiles& tiles, Counters counters)
+      : tiles(tiles), counters(counters) {}
 
   __device__ __forceinline__ bool next(Item& item, const Branch* branches) {
-    int index;
-    do {
-      if (round * gridDim.x >= tiles.count) return false;
-      index = tiles.index(round++, blockIdx.x, gridDim.x);
-    } while (index >= tiles.count);
+    int index = round * gridDim.x + blockIdx.x;
+    if (tiles.order == Order::by_length && round > 0) index = gridDim.x + counters.take_by_warp();
+    ++round;
+    if (index >= tiles.count) return false;
     item = {0, tiles.at(index, branches[0].queries)};
     return true;
   }
@@ -73,7 +76,7 @@ struct Items<MergedTiles> {
       : tiles(tiles), counters(counters) {}
 
   __device__ __forceinline__ bool next(Item& item, const Branch* branches) {
-    const int ticket = counters.take();
+    const int ticket = counters.take_by_warp();
     if (ticket >= tiles.count) return false;
     item = tiles.at(ticket, branches);
     return true;

@@ -86,6 +86,7 @@ struct Config {
     // Of the queries, own or streamed.
     Stats<kOwnsQueries ? kTileOwn : kTileStreamed> stats[kOwnsQueries ? kOwnStages : kStages];
     QueryTile rows[kOwnStages];  // the head is the first of those summed; no row: the last tile
+    int next_tile[2];            // the numbers of this tile and the next, in turns
     Interval attended[kOwnStages][kMaxSegments][kTileOwn];
     bool any_streamed[kOwnStages];
     SeenTile tile[kStages][kConsumers];

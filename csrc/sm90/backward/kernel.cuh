@@ -17,6 +17,7 @@
 #include "sm90/backward/config.h"
 #include "sm90/load_rows.cuh"
 #include "sm90/multiply.cuh"
+#include "sm90/tickets.cuh"
 #include "sm90/walk.cuh"
 
 namespace sparse_attn::sm90::backward {
@@ -88,11 +89,21 @@ __device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& p
   };
   Place<Config::kOwnStages> own_place;
   Place<Config::kStages> place;
-  for (int round = 0; round * gridDim.x < tiles.count; ++round) {
-    const int index = tiles.index(round, blockIdx.x, gridDim.x);
-    if (index >= tiles.count) continue;
+  const Counters counters = {static_cast<int*>(params.workspace)};
+  int index = blockIdx.x;
+  for (int round = 0; index < tiles.count; ++round) {
+    int next = index + gridDim.x;
+    if (threadIdx.x == 0 && tiles.order == Order::by_length) next = gridDim.x + counters.take();
+    const auto hand_over_next = [&] {
+      if (threadIdx.x == 0) smem.next_tile[round % 2] = next;
+      ptx::named_barrier(kLoadBarrier, 128);
+      index = smem.next_tile[round % 2];
+    };
     QueryTile own = tiles.at(index, branch.queries);
-    if (own.rows == 0) continue;
+    if (own.rows == 0) {
+      hand_over_next();
+      continue;
+    }
     own.head = params.first_head + own.head * params.heads_together;
     const int kv_head = kv_head_of(params, own.head);
     const int stage = own_place.stage;
@@ -121,7 +132,7 @@ __device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& p
       load_stats(smem.stats[stage], stats_gmem(own.batch, own.head), branch.queries, own.group,
                  own.first_row, own.rows);
     }
-    ptx::named_barrier(kLoadBarrier, 128);  // all intervals
+    hand_over_next();  // and all intervals
     Walk<Config> walk(params, own, attended_smem);
     bool more = walk.next();
     if (threadIdx.x == 0) smem.any_streamed[stage] = more;

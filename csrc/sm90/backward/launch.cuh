@@ -45,11 +45,12 @@ void launch_config(const BackwardParams& params) {
     maps.streamed[i] = streamed.of(branch.segments[i].keys, usable);
     maps.streamed_v[i] = streamed.of_v(branch.segments[i].keys, usable);
   }
-  const Order order = reach_of(branch) == Reach::many ? Order::by_length : Order::by_head;
+  const Order order = by_tickets(branch) ? Order::by_length : Order::by_head;
+  if (order == Order::by_length) zero_counters(params, params.workspace, 1);
   launch_staying<Config>(
       backward_kernel<Config>, params,
       QueryTiles::of(branch, Config::kTileOwn, 0, params.head_count / params.heads_together,
-                     params.batch, order),
+                     params.batch, order, Config::kTileOwn, ctas_of<Config>(params.device)),
       maps);
 }
 

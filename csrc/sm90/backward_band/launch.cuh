@@ -39,8 +39,8 @@ void launch(const BackwardParams& call) {
   BackwardParams params = call;
   const Branch together = with_short_groups_together(params.branch, kTileRows);
   if (fits(together)) params.branch = together;
-  const QueryTiles tiles =
-      QueryTiles::of(params.branch, kTileRows, params.first_head, params.head_count, params.batch);
+  const QueryTiles tiles = QueryTiles::by_head(params.branch, kTileRows, params.first_head,
+                                               params.head_count, params.batch);
   if (tiles.count == 0) return;
   auto* kernel = backward_band_kernel<Config>;
   constexpr int kBytes = sizeof(typename Config::SharedMemory);

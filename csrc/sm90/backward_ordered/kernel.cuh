@@ -117,7 +117,7 @@ __device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& p
   Place<Config::kKeyStages> key_place;
   Place<Config::kStages> place;
   while (true) {
-    const int ticket = workspace.counters.take();
+    const int ticket = workspace.counters.take_by_warp();
     if (ticket >= plan.count) break;
     const Item item = plan.at(ticket, keys_view);
     if (item.keys.rows == 0) {

@@ -22,8 +22,7 @@ void launch_plan(const BackwardParams& params, const Plan& plan) {
       map(ViewMap::of<typename Config::Rows>, params.k, keys, params.head_dim, params.kv_heads),
       map(ViewMap::of<typename Config::RowsV>, params.v, keys, params.head_dim_v, params.kv_heads)};
   int* counters = static_cast<int*>(params.workspace);
-  CHECK_CUDA(cudaMemsetAsync(counters, 0, sizeof(int) * plan.counters(),
-                             static_cast<cudaStream_t>(params.stream)));
+  zero_counters(params, counters, plan.counters());
   const Workspace workspace = {
       {counters},
       counters + 1 + plan.units,

@@ -35,10 +35,9 @@ BranchMaps maps_of(const ForwardParams& params, const Branch& branch) {
   return maps;
 }
 
-// Tiles of few keys in the order of memory, those of many by length.
-template <class Config>
-Order order_of(const ForwardParams& params) {
-  if (Config::kMany || params.branches[0].blocks.rows != nullptr) return Order::by_length;
+// Tiles of few keys in the order of memory.
+inline Order order_of(const ForwardParams& params) {
+  if (by_tickets(params.branches[0])) return Order::by_length;
   return params.q.head_stride < params.q.row_stride ? Order::by_token : Order::by_head;
 }
 
@@ -52,21 +51,21 @@ void launch_one(const ForwardParams& params) {
     if (maps.some_copied) return launch_one<T, kHeadDim, kHeadDimV, Reach::few>(params);
     REQUIRE(branch.segment_count == 1, "blocks are of one key view");
   }
-  launch_staying<Config>(forward_kernel<Config, QueryTiles>, params,
-                         QueryTiles::of(branch, Config::kTileQueries, params.first_head,
-                                        params.head_count, params.batch, order_of<Config>(params),
-                                        Config::kMany ? kWarpgroupRows : Config::kTileQueries,
-                                        Config::kScattered ? 8 : 16),
-                         ForwardMaps<1>{{maps}});
+  const Order order = order_of(params);
+  if (order == Order::by_length) zero_counters(params, params.counters, 1);
+  launch_staying<Config>(
+      forward_kernel<Config, QueryTiles>, params,
+      QueryTiles::of(branch, Config::kTileQueries, params.first_head, params.head_count,
+                     params.batch, order, Config::kMany ? kWarpgroupRows : Config::kTileQueries,
+                     ctas_of<Config>(params.device)),
+      ForwardMaps<1>{{maps}});
 }
 
 // Two branches of few keys, the second close behind the first.
 template <class T, int kHeadDim, int kHeadDimV>
 void launch_two(const ForwardParams& params) {
   using Config = Config<T, kHeadDim, kHeadDimV, Reach::few, 2>;
-  CHECK_CUDA(cudaMemsetAsync(params.counters, 0,
-                             sizeof(int) * (1 + params.batch * params.head_count),
-                             static_cast<cudaStream_t>(params.stream)));
+  zero_counters(params, params.counters, 1 + params.batch * params.head_count);
   // A CTA computes one item, loads the next and has taken a third. Tuned on an H100: nearer waits
   // longer, farther leaves L2.
   const int ctas = ctas_of<Config>(params.device);
@@ -83,7 +82,7 @@ void launch(const ForwardParams& call) {
   using Few = Config<T, kHeadDim, kHeadDimV, Reach::few, 1>;
   constexpr bool kTogether = takes_two_branches(kHeadDim, kHeadDimV);
   static_assert(!kTogether || Few::kMerges);
-  const bool together = kTogether && call.counters != nullptr;
+  const bool together = kTogether && go_together(call);
   if (call.branch_count > 1 && !together) {
     return one_by_one(call, launch<T, kHeadDim, kHeadDimV>);
   }

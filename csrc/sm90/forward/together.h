@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Whether two branches share a launch, the second close behind the first.
+// Whether two branches share a launch, the second close behind the first; and what a launch counts.
 #pragma once
+
+#include <algorithm>
 
 #include "attention/reach.h"
 #include "params.h"
@@ -24,6 +26,15 @@ inline bool go_together(const ForwardParams& params) {
         together && reach_of(branch) == Reach::few && branch.queries.max_rows > kWarpgroupRows;
   }
   return together;
+}
+
+// The integers that a call of an instance counts in.
+inline int counters_of(const ForwardParams& params, int head_dim, int head_dim_v) {
+  if (takes_two_branches(head_dim, head_dim_v) && go_together(params)) {
+    return 1 + params.batch * params.head_count;
+  }
+  const Branch* end = params.branches + params.branch_count;
+  return std::any_of(params.branches, end, by_tickets) ? 1 : 0;
 }
 
 }  // namespace sparse_attn::sm90::forward
