@@ -286,7 +286,7 @@ def test_70_000_heads(batch: int, heads: int, pattern: Any) -> None:
         sa.Chunk(130),
         sa.Dilated(9),
         sa.Strided(33),
-        (sa.Fixed(128, 20), sa.Chunk(40), *4 * (sa.Dilated(21),)),
+        sa.PerHead([sa.Fixed(128, 20), sa.Chunk(40), *4 * [sa.Dilated(21)]]),
     ],
     ids=str,
 )
