@@ -45,7 +45,7 @@ struct QueryTiles {
       // As few as are nearly three tiles for each CTA: of fewer the longest of the last ones end
       // late, and of more the keys leave the L2 cache. Tuned on an H100.
       const int units = greatest(count / greatest(tiles, 1), 1);
-      section = least(greatest(8 * ctas / 3 / greatest(tiles, 1), 1), units);
+      section = least((8 * ctas / 3 + tiles - 1) / greatest(tiles, 1), units);
       while (units % section != 0) ++section;
     }
     return {static_cast<int>(count),
