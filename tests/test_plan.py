@@ -257,6 +257,26 @@ def test_native_sizes_beyond_32_bits(kind: str, size: int) -> None:
 QUERIES, KEYS, ALL = range(3)  # whose gradients a launch sums
 
 
+def call_params(
+    n: int, head_dims: tuple[int, int], sm90: bool = True, kv_heads: int = 6, head_count: int = 6
+) -> Any:
+    return _C.CallParams(
+        **dict.fromkeys(("q", "k", "v", "out"), (0, 0, 0)),
+        batch=2,
+        heads=head_count,
+        first_head=0,
+        head_count=head_count,
+        kv_heads=kv_heads,
+        seq=n,
+        head_dim=head_dims[0],
+        head_dim_v=head_dims[1],
+        scale=1.0,
+        bfloat16=False,
+        sm90=sm90,
+        device=0,
+    )
+
+
 def head_range(
     branches: tuple[Branch, ...],
     n: int,
@@ -268,21 +288,7 @@ def head_range(
     """Some heads, and branches of their plan."""
     from sparse_attn.backends.cuda import _native_branch
 
-    call = _C.CallParams(
-        **dict.fromkeys(("q", "k", "v", "out"), (0, 0, 0)),
-        batch=2,
-        heads=head_count,
-        first_head=0,
-        head_count=head_count,
-        kv_heads=head_count // heads_together,
-        seq=n,
-        head_dim=head_dims[0],
-        head_dim_v=head_dims[1],
-        scale=1.0,
-        bfloat16=False,
-        sm90=sm90,
-        device=0,
-    )
+    call = call_params(n, head_dims, sm90, head_count // heads_together, head_count)
     strides = dict.fromkeys(("dout", "dq", "dk", "dv"), (0, 0, 0))
     params = _C.BackwardParams(call, **strides, heads_together=heads_together)
     return params, tuple(map(_native_branch, branches))
@@ -422,6 +428,33 @@ def test_memory_for_dq_is_bounded(n: int) -> None:
     windows = [bytes_for_dq(sa.Local(1024), n, dim, dim)[0] for dim in (32, 64, 128, 136)]
     assert [size > 0 for size in windows] == [False, n > 1000, n > 1000, False]
     assert bytes_for_dq(sa.Local(300), n, 64, 64) == [0]
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("pattern", "n", "counters"),
+    [
+        (sa.Local(128), 9000, 0),
+        (sa.Local(128), 1 << 18, 1),  # so many that tickets pay
+        (sa.Local(1024), 1025, 1),
+        (sa.Dense(), 1025, 1),
+        (sa.Strided(128), 9000, 1 + 2 * 6),  # a count for each head of both sequences
+        (sa.Strided(1024), 9000, 1),
+        (sa.Fixed(32, 4), 700, 0),
+    ],
+    ids=str,
+)
+def test_forward_counters(pattern: Any, n: int, counters: int) -> None:
+    from sparse_attn.backends.cuda import _native_branch
+
+    def counted(sm90: bool) -> int:
+        branches = tuple(map(_native_branch, plan(pattern, n)))
+        params = _C.ForwardParams(call_params(n, (64, 64), sm90), branches)
+        return int(_C.ForwardCall([params]).counters)
+
+    if not hasattr(_C, "ForwardCall"):
+        pytest.skip("needs a build with CUDA kernels")
+    assert (counted(sm90=True), counted(sm90=False)) == (counters, 0)
 
 
 @needs_native

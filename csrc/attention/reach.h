@@ -26,7 +26,6 @@ inline Reach reach_of(const Branch& branch) {
 }
 
 // Tiles of many keys differ in length: CTAs that stay take one when they are done with another.
-// Those of few go in turns.
 inline bool by_tickets(const Branch& branch) {
   return reach_of(branch) != Reach::few || branch.blocks.size != 0;
 }

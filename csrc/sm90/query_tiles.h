@@ -13,7 +13,7 @@ constexpr int kWarpgroupRows = 64;  // the rows of one wgmma
 enum class Order {
   by_head,    // a head's tiles together: they read the same keys
   by_token,   // those of all heads together: in (batch, seq, heads, dim) memory they are neighbours
-  by_length,  // of some units at a time the longest first; handed out by tickets, for they differ
+  by_length,  // of some units at a time the longest first
 };
 
 struct QueryTiles {

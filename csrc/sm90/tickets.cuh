@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which items a CTA that stays works on, and how an item waits for others of the same launch.
 //
-// Where items wait, or differ in length, they are handed out by tickets: in order, to whoever is
-// there to take the next one. A CTA works on its tickets in order, and an item waits only for
-// smaller tickets. So the least ticket that is not done waits for nobody, whichever CTAs are on the
-// GPU and whatever else runs there. For this to hold nothing that waits for a greater ticket may
-// stand between the end of an item and its publication: the warp that stores publishes right after,
-// in order; an item without rows is published as soon as it is taken.
+// Where items wait, or differ in length, or are so many that it counts that some multiprocessors
+// are faster than others, they are handed out by tickets: in order, to whoever is there to take the
+// next one. A CTA works on its tickets in order, and an item waits only for smaller tickets. So the
+// least ticket that is not done waits for nobody, whichever CTAs are on the GPU and whatever else
+// runs there. For this to hold nothing that waits for a greater ticket may stand between the end of
+// an item and its publication: the warp that stores publishes right after, in order; an item
+// without rows is published as soon as it is taken.
 #pragma once
 
 #include "ptx/counter.cuh"
@@ -46,7 +47,7 @@ struct Counters {
 template <class Tiles>
 struct Items;
 
-// Of one branch, by length by tickets, else every so-many-th tile.
+// Of one branch, by tickets after the first where there are counters, else every so-many-th tile.
 template <>
 struct Items<QueryTiles> {
   const QueryTiles& tiles;
@@ -58,7 +59,7 @@ struct Items<QueryTiles> {
 
   __device__ __forceinline__ bool next(Item& item, const Branch* branches) {
     int index = round * gridDim.x + blockIdx.x;
-    if (tiles.order == Order::by_length && round > 0) index = gridDim.x + counters.take_by_warp();
+    if (counters.next != nullptr && round > 0) index = gridDim.x + counters.take_by_warp();
     ++round;
     if (index >= tiles.count) return false;
     item = {0, tiles.at(index, branches[0].queries)};

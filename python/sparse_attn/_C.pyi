@@ -106,7 +106,7 @@ class ForwardParams:
 
 # The launches of a call; all arguments but the stream are addresses, 0 for none.
 class ForwardCall:
-    counters: int  # int32 numbers to overwrite: they order the work on branches in one launch
+    counters: int  # int32 numbers to overwrite: they hand out the work, and order it
     def __init__(self, launches: list[ForwardParams]) -> None: ...
     def __call__(
         self,

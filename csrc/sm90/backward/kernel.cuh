@@ -93,7 +93,7 @@ __device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& p
   int index = blockIdx.x;
   for (int round = 0; index < tiles.count; ++round) {
     int next = index + gridDim.x;
-    if (threadIdx.x == 0 && tiles.order == Order::by_length) next = gridDim.x + counters.take();
+    if (threadIdx.x == 0 && counters.next != nullptr) next = gridDim.x + counters.take();
     const auto hand_over_next = [&] {
       if (threadIdx.x == 0) smem.next_tile[round % 2] = next;
       ptx::named_barrier(kLoadBarrier, 128);

@@ -46,7 +46,7 @@ void launch_config(const BackwardParams& params) {
     maps.streamed_v[i] = streamed.of_v(branch.segments[i].keys, usable);
   }
   const Order order = by_tickets(branch) ? Order::by_length : Order::by_head;
-  if (order == Order::by_length) zero_counters(params, params.workspace, 1);
+  if (params.workspace != nullptr) zero_counters(params, params.workspace, 1);
   launch_staying<Config>(
       backward_kernel<Config>, params,
       QueryTiles::of(branch, Config::kTileOwn, 0, params.head_count / params.heads_together,

@@ -51,14 +51,13 @@ void launch_one(const ForwardParams& params) {
     if (maps.some_copied) return launch_one<T, kHeadDim, kHeadDimV, Reach::few>(params);
     REQUIRE(branch.segment_count == 1, "blocks are of one key view");
   }
-  const Order order = order_of(params);
-  if (order == Order::by_length) zero_counters(params, params.counters, 1);
-  launch_staying<Config>(
-      forward_kernel<Config, QueryTiles>, params,
-      QueryTiles::of(branch, Config::kTileQueries, params.first_head, params.head_count,
-                     params.batch, order, Config::kMany ? kWarpgroupRows : Config::kTileQueries,
-                     ctas_of<Config>(params.device)),
-      ForwardMaps<1>{{maps}});
+  if (params.counters != nullptr) zero_counters(params, params.counters, 1);
+  launch_staying<Config>(forward_kernel<Config, QueryTiles>, params,
+                         QueryTiles::of(branch, Config::kTileQueries, params.first_head,
+                                        params.head_count, params.batch, order_of(params),
+                                        Config::kMany ? kWarpgroupRows : Config::kTileQueries,
+                                        ctas_of<Config>(params.device)),
+                         ForwardMaps<1>{{maps}});
 }
 
 // Two branches of few keys, the second close behind the first.
