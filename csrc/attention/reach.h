@@ -11,14 +11,20 @@ namespace sparse_attn {
 // in blocks of 64: neighbouring queries share some of them.
 enum class Reach { few, many, scattered };
 
-// By the middle query. Queries in different blocks of less than 64 would share few keys.
-inline Reach reach_of(const Branch& branch) {
+// The keys that the middle query attends.
+inline int64_t keys_of_middle(const Branch& branch) {
   const int token = branch.queries.position(0, branch.queries.max_rows / 2);
   int64_t keys = 0;
   for (int segment = 0; segment < branch.segment_count; ++segment) {
     const Interval attended = branch.segments[segment].bounds(branch.run, 0, token);
     keys += attended.end - attended.first;
   }
+  return keys;
+}
+
+// Queries in different blocks of less than 64 would share few keys.
+inline Reach reach_of(const Branch& branch) {
+  const int64_t keys = keys_of_middle(branch);
   // Tuned on an H100: many pays from 512 keys on.
   if (keys < 512) return Reach::few;
   if (branch.blocks.size == 0 || branch.blocks.size >= 128) return Reach::many;

@@ -78,12 +78,14 @@ __device__ __forceinline__ void tma_add(const CUtensorMap& map, const void* smem
       : "memory");
 }
 
-// Waits until this thread's copies so far have read shared memory.
+// Waits until this thread's copies so far have read shared memory, but for those since the last
+// kPending calls.
+template <int kPending = 0>
 __device__ __forceinline__ void tma_wait_read() {
   asm volatile(
       "cp.async.bulk.commit_group;\n"
-      "cp.async.bulk.wait_group.read 0;" ::
-          : "memory");
+      "cp.async.bulk.wait_group.read %0;" ::"n"(kPending)
+      : "memory");
 }
 
 // Waits until this thread's copies so far, up to the last tma_wait_read, have been written.

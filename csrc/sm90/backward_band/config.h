@@ -9,6 +9,7 @@
 #include "params.h"
 #include "sm90/backward_band/fits.h"
 #include "sm90/ring.cuh"
+#include "sm90/store_sum.cuh"
 #include "sm90/walk.cuh"
 
 namespace sparse_attn::sm90::backward_band {
@@ -17,7 +18,6 @@ constexpr int kConsumers = 2;  // warpgroups that compute
 static_assert(kTileRows == kConsumers * kWarpgroupRows);
 constexpr int kParts = kTileRows / kWarpgroupRows;  // a tile comes 64 rows at a time
 constexpr int kStatsWarps = 2;
-constexpr int kWarpRows = 16;  // of the sums of a warp
 
 // The query rows that each key of a tile is attended by, counted from the tile's first row: kFar
 // ends those of a key that lacks no later query, and begins those of a key that does not exist.
@@ -88,8 +88,8 @@ struct Config {
   using Part = SharedTile<T, kWarpgroupRows, kHeadDim>;
   using PartV = SharedTile<T, kWarpgroupRows, kHeadDimV>;
   // As a warp stores sums.
-  using WarpPart = SharedTile<T, kWarpRows, kHeadDim>;
-  using WarpPartV = SharedTile<T, kWarpRows, kHeadDimV>;
+  using WarpPart = SharedTile<T, kSumRows, kHeadDim>;
+  using WarpPartV = SharedTile<T, kSumRows, kHeadDimV>;
 
   struct SharedMemory {
     Part k[kKeyStages][kParts];

@@ -13,10 +13,10 @@
 #include "ptx/ldmatrix.cuh"
 #include "ptx/registers.cuh"
 #include "sm90/backward_band/config.h"
-#include "sm90/backward_band/store_sum.cuh"
 #include "sm90/load_rows.cuh"
 #include "sm90/multiply.cuh"
 #include "sm90/query_tiles.h"
+#include "sm90/store_sum.cuh"
 
 namespace sparse_attn::sm90::backward_band {
 

@@ -6,18 +6,17 @@
 #include "attention/shared_tile.cuh"
 #include "sm90/backward_ordered/plan.h"
 #include "sm90/ring.cuh"
+#include "sm90/store_sum.cuh"
 #include "sm90/tickets.cuh"
 #include "sm90/view_map.h"
 #include "sm90/walk.cuh"
 
 namespace sparse_attn::sm90::backward_ordered {
 
-// How the tensor memory accelerator reads the tensors of a call.
+// How the tensor memory accelerator reads and writes the tensors of a call.
 struct Maps {
-  ViewMap q;
-  ViewMap dout;
-  ViewMap k;
-  ViewMap v;
+  ViewMap q, dout, k, v;
+  ViewMap dq, dk, dv;  // of kSumRows rows
 };
 
 // Where dq is summed, and what CTAs tell each other.
@@ -115,12 +114,14 @@ struct Config {
 
   using Rows = SharedTile<T, kWarpgroupRows, kHeadDim>;
   using RowsV = SharedTile<T, kWarpgroupRows, kHeadDimV>;
+  using SumRows = SharedTile<T, kSumRows, kHeadDim>;
+  using SumRowsV = SharedTile<T, kSumRows, kHeadDimV>;
   using Queries = SharedTile<T, kTileQueries, kHeadDim>;
   using QueriesV = SharedTile<T, kTileQueries, kHeadDimV>;
 
   struct Keys {
-    Rows k;   // in the end dk
-    RowsV v;  // in the end dv
+    Rows k;
+    RowsV v;  // in the end dv, then dk
   };
 
   struct SharedMemory {
@@ -129,10 +130,10 @@ struct Config {
     QueriesV dout[kStages];
     // Transposed: rows are keys.
     SharedTile<T, kWarpgroupRows, 64> dscores[kSharedStages][kConsumers][kQueryParts];
-    // Half of the columns of dq, as the slots are: of the rows of each warp, 8 columns at a time; a
-    // lane's part. And what the branches before have left.
-    alignas(128) float sum[4][kDqColumns / 8][32][4];
-    uint4 earlier[kWarpgroupRows][kDqColumns / 8];
+    // dq of 64 queries as slots have it: of each half of the columns the rows of four warps, 8
+    // columns at a time; a lane's part. And rounded, on its way out.
+    float4 sum[2][4][kDqColumns / 8][32];
+    SumRows dq[2];
     Stats<kTileQueries> stats[kStages];
     StreamedTile tile[kStages];
     // More than keys: who computes reads these of an item until it lets go of its keys.

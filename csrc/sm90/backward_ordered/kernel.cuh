@@ -14,11 +14,12 @@
 #include "sm90/backward_ordered/config.h"
 #include "sm90/load_rows.cuh"
 #include "sm90/multiply.cuh"
+#include "sm90/store_sum.cuh"
 
 namespace sparse_attn::sm90::backward_ordered {
 
 // 0 is __syncthreads; kPart and on: the threads of a warpgroup.
-enum Barrier { kComputeBarrier = 1, kPart };
+enum Barrier { kPart = 1 };
 
 constexpr int kFinished = -1;                   // the turn of a query tile whose dq is written
 constexpr Interval kNone = {1 << 30, 1 << 30};  // what a key attends that does not exist
@@ -129,7 +130,7 @@ __device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& p
     __syncwarp();
     auto& attended_smem = smem.attended[key_place.twice()];
     const int key_rows = keys_view.rows(own.keys.group);
-    bool each = true;  // whether each key has a query
+    uint32_t lacking = 0;  // a bit for each part: whether a key has no query
 #pragma unroll 1
     for (int i = lane; i < kTileKeys + 2; i += 32) {
       const int row = own.keys.first_row - 1 + i;
@@ -137,7 +138,7 @@ __device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& p
       if (0 <= row && row < key_rows) {
         const int token = keys_view.position(own.keys.group, row);
         attended = segment.bounds(branch.run, own.keys.group, token);
-        each = each && attended.first < attended.end;
+        if (attended.first >= attended.end) lacking |= 1 << (i - 1) / kWarpgroupRows;
       }
       attended_smem[i] = attended;
     }
@@ -157,12 +158,12 @@ __device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& p
           any = any || keeps<kTileQueries>(branch.blocks, own.keys, part, tile);
         }
         if (__any_sync(0xffffffff, any)) continue;
-        each = false;
+        lacking |= 1 << part;
         Interval* part_smem = attended_smem + 1 + part * kWarpgroupRows;
         part_smem[lane] = part_smem[32 + lane] = kNone;
       }
     }
-    each = __all_sync(0xffffffff, each);
+    lacking = __reduce_or_sync(0xffffffff, lacking);
     int number = query_tile_before<kTileQueries>(branch.blocks, own, own.end);
     if (lane == 0) {
       own.any_queries = number >= 0;
@@ -176,7 +177,7 @@ __device__ __forceinline__ void load(SharedMemory& smem, const BackwardParams& p
       const QueryTile part = part_of(own.keys, number);
       const Rows<T> rows(map, keys_view, tensor, head_dim, part.batch,
                          kv_head_of(params, part.head));
-      if (each) {
+      if (!(lacking >> number & 1)) {
         rows.template load<32>(tile_smem, full, part.group, part.first_row,
                                part.first_row + part.rows);
       } else {  // a key that no query attends may be NaN: it is zero here
@@ -307,10 +308,11 @@ struct DqSlot {
 // an item is done.
 template <class Config, class SharedMemory>
 __device__ __forceinline__ void finish(SharedMemory& smem, const BackwardParams& params,
-                                       const Workspace& workspace) {
+                                       const Maps& maps, const Workspace& workspace) {
   using T = typename Config::Element;
   using Slot = DqSlot<Config>;
   const SequenceView& view = params.branch.segments[0].keys;
+  const int lane = threadIdx.x % 32;
   int sum_round = 0;
   Place<Config::kJobs> place;
   for (;; place.advance()) {
@@ -319,56 +321,51 @@ __device__ __forceinline__ void finish(SharedMemory& smem, const BackwardParams&
     const QueryTile& queries = job.queries;
     if (job.kind == Job::kEnd) break;
     if (job.kind == Job::kItemDone) {
-      if (ptx::lane() == 0) workspace.counters.publish(job.number);
+      if (lane == 0) workspace.counters.publish(job.number);
       place.arrive_empty(smem.job_ring);
       continue;
     }
-    T* head = head_gmem<T>(params.dq, queries.batch, queries.head);
-    // f(eight columns of a part, row, their address) for each that is this lane's.
-    constexpr int kVectors = Config::kDqColumns / 8;
-    const auto for_each_vector = [&](int part, auto f) {
-      const int first_row = part / 2 * kWarpgroupRows, first_column = part % 2 * Config::kDqColumns;
 #pragma unroll 1
-      for (int i = ptx::lane(); i < kWarpgroupRows * kVectors; i += 32) {
-        const int row = i / kVectors, column = first_column + i % kVectors * 8;
-        if (first_row + row >= queries.rows || column >= params.head_dim) continue;
-        const int64_t token = view.position(queries.group, queries.first_row + first_row + row);
-        f(i % kVectors, row,
-          reinterpret_cast<uint4*>(head + token * params.dq.row_stride + column));
-      }
-    };
-#pragma unroll 1
-    for (int part = 0; part < Slot::kParts; ++part) {
+    for (int half = 0; half < Config::kQueryParts; ++half) {
       __syncwarp();
-      if (ptx::lane() == 0) {
+      if (lane == 0) {
         ptx::fence_async_proxy_global();
         ptx::mbarrier_expect(smem.sum_full, sizeof(smem.sum));
-        ptx::bulk_load(&smem.sum, Slot::of(workspace, job.slot, part, 0), sizeof(smem.sum),
+        ptx::bulk_load(&smem.sum, Slot::of(workspace, job.slot, 2 * half, 0), sizeof(smem.sum),
                        smem.sum_full);
+        ptx::mbarrier_arrive(smem.sum_full);
       }
-      if (params.accumulate) {
-        for_each_vector(part, [&](int vector, int row, const uint4* row_gmem) {
-          ptx::cp_async_16(&smem.earlier[row][vector], row_gmem, true);
-        });
-      }
-      ptx::cp_async_arrive(smem.sum_full);
       ptx::mbarrier_wait(smem.sum_full, sum_round);
       sum_round ^= 1;
-      for_each_vector(part, [&](int vector, int row, uint4* row_gmem) {
-        const float* row_smem = smem.sum[row / 16][vector][row % 8 * 4] + row % 16 / 8 * 2;
-        const uint4 earlier = params.accumulate ? smem.earlier[row][vector] : uint4{};
-        const auto sum = [&](int j, uint32_t earlier) {
-          const float2 before = ptx::unpack<T>(earlier);
-          const float2 part = *reinterpret_cast<const float2*>(row_smem + 4 * j);
-          return ptx::pack<T>(part.x * params.scale + before.x, part.y * params.scale + before.y);
+#pragma unroll 1
+      for (int warp = 0; warp < 4; ++warp) {
+        const float4* warp_smem = smem.sum[0][warp][0] + lane;
+        const auto pair = [&](float first, float second) {
+          return ptx::pack<T>(first * params.scale, second * params.scale);
         };
-        *row_gmem = {sum(0, earlier.x), sum(1, earlier.y), sum(2, earlier.z), sum(3, earlier.w)};
-      });
+        auto& dq_smem = smem.dq[warp % 2];
+#pragma unroll
+        for (int i = 0; i < Config::kHeadDim / 16; ++i) {
+          const float4 low = warp_smem[Slot::vector(2 * i)];
+          const float4 high = warp_smem[Slot::vector(2 * i + 1)];
+          ptx::stmatrix_x4(
+              dq_smem.at(lane % 16, 2 * i + lane / 16),
+              {pair(low.x, low.y), pair(low.z, low.w), pair(high.x, high.y), pair(high.z, high.w)});
+        }
+        ptx::fence_async_proxy();
+        __syncwarp();
+        store_rows<T, Config::kHeadDim>(
+            dq_smem, 0,
+            {params.dq, maps.dq, view, queries, half * kWarpgroupRows + warp * kSumRows,
+             params.head_dim, params.accumulate});
+        if (lane == 0) ptx::tma_wait_read<1>();
+      }
     }
     __syncwarp();
-    if (ptx::lane() == 0) ptx::store_release(workspace.turns + job.number, kFinished);
+    if (lane == 0) ptx::store_release(workspace.turns + job.number, kFinished);
     place.arrive_empty(smem.job_ring);
   }
+  if (lane == 0) ptx::tma_wait_read();
 }
 
 // The warp that waits until the slot of each streamed tile is ours.
@@ -453,11 +450,10 @@ __device__ __forceinline__ void end_turns(SharedMemory& smem, const BackwardPara
 // A warpgroup that computes the `number`-th 64 keys of every own tile.
 template <class Config, class SharedMemory>
 __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams& params,
-                                        const Workspace& workspace, int number) {
+                                        const Maps& maps, const Workspace& workspace, int number) {
   using T = typename Config::Element;
   using Scores = typename Config::Scores;
   using Dq = typename Config::Dq;
-  constexpr int kComputing = 128 * Config::kConsumers;
   const Branch& branch = params.branch;
   const float scale_log2 = scale_log2_of(params), unscale_log2 = 1 / scale_log2;
   const int thread = ptx::kept(threadIdx.x % 128);
@@ -623,6 +619,29 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
       __syncwarp();
       if (thread % 32 == 0) ptx::mbarrier_arrive(smem.added[summed.stage]);
     };
+    // The copy of our rows before has read them.
+    const auto let_go = [&] {
+      if (thread % 32 == 0) ptx::tma_wait_read();
+      __syncwarp();
+    };
+    // A sum, by way of the values, which are read no more.
+    const auto leave = [&](auto& sum, float factor, const TensorView& tensor, const ViewMap& map,
+                           int head_dim) {
+      store_sum<T>(sum, factor, part_smem.v, warp_row,
+                   {tensor, map, branch.queries, own, number * kWarpgroupRows + warp_row, head_dim,
+                    params.accumulate});
+    };
+    // Beside the products that are still running.
+    const auto leave_both = [&] {
+      ptx::wgmma_wait<2>();
+      ptx::pin(dv);
+      ptx::named_barrier(kPart + number, 128);  // no warp's wgmma reads the values any more
+      leave(dv, Config::kUnscale, params.dv, maps.dv, params.head_dim_v);
+      ptx::wgmma_wait<1>();
+      ptx::pin(dk);
+      let_go();
+      leave(dk, params.scale, params.dk, maps.dk, params.head_dim);
+    };
     const auto end_sums = [&] {
       ptx::pin(dk);
       ptx::pin(dv);
@@ -662,6 +681,8 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
       if constexpr (kHasNext) {
         ptx::wgmma_wait<2>();
         find_weights();
+      } else {
+        leave_both();
       }
       end_dq(summed, dq);
       end_sums();
@@ -678,40 +699,11 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
       step(std::false_type{});
     }
 
-    // dk and dv take the place of k and v.
-    const QueryTile part = part_of(own, number);
-    const auto sync = [&] { ptx::named_barrier(kPart + number, 128); };
-    const auto load_earlier = [&](auto& own_smem, const TensorView& target, int head_dim) {
-      load_tile<128>(own_smem, head_gmem<const T>(target, part.batch, part.head), target.row_stride,
-                     branch.queries, part.group, part.first_row, part.first_row + part.rows,
-                     head_dim);
-    };
-    const auto write = [&](auto& own_smem, const auto& sum, float factor) {
-      const float factors[] = {factor, factor}, ones[] = {1.f, 1.f};
-      write_rows<T>(own_smem, sum, factors, ones, params.accumulate);
-    };
-    const auto store = [&](auto& own_smem, const TensorView& target, int head_dim) {
-      T* gmem = head_gmem<T>(target, part.batch, part.head);
-      for_each_row<std::decay_t<decltype(own_smem)>>(
-          branch.queries, part.group, part.first_row, part.rows,
-          [&](int row, int64_t token, bool exists) {
-            store_row(own_smem, row, gmem + token * target.row_stride, head_dim, exists);
-          });
-    };
-    ptx::named_barrier(kComputeBarrier, kComputing);  // no wgmma reads k and v any more
-    if (params.accumulate) {
-      load_earlier(part_smem.k, params.dk, params.head_dim);
-      load_earlier(part_smem.v, params.dv, params.head_dim_v);
-      ptx::cp_async_commit();
-      ptx::cp_async_wait<0>();
-      sync();
+    if (!own_tile.any_queries && !params.accumulate) {
+      leave(dv, Config::kUnscale, params.dv, maps.dv, params.head_dim_v);
+      leave(dk, params.scale, params.dk, maps.dk, params.head_dim);
     }
-    write(part_smem.k, dk, params.scale);
-    write(part_smem.v, dv, Config::kUnscale);
-    ptx::fence_async_proxy();  // between this and the next keys; not after stores it would wait for
-    sync();
-    store(part_smem.k, params.dk, params.head_dim);
-    store(part_smem.v, params.dv, params.head_dim_v);
+    let_go();
     key_place.arrive_empty(smem.key_ring);
     key_place.advance();
   }
@@ -734,7 +726,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
     }
     for (auto& ring : smem.shared_ring) ring.init(kWarps / Config::kSharedRings, kWarps);
     smem.job_ring.init(1, 1);
-    ptx::mbarrier_init(smem.sum_full, 32);
+    ptx::mbarrier_init(smem.sum_full, 1);
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
@@ -743,12 +735,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
     ptx::give_registers<Config::kLoadRegisters>();
     const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
     if (warp == 0) load<Config>(smem, params, plan, maps, workspace);
-    if (warp == 1) finish<Config>(smem, params, workspace);
+    if (warp == 1) finish<Config>(smem, params, maps, workspace);
     if (warp == 2) await_turns<Config>(smem, params, plan, workspace);
     if (warp == 3) end_turns<Config>(smem, params, workspace);
   } else {
     ptx::take_registers<Config::kComputeRegisters>();
-    compute<Config>(smem, params, workspace, warpgroup - 1);
+    compute<Config>(smem, params, maps, workspace, warpgroup - 1);
   }
 }
 

@@ -20,7 +20,11 @@ void launch_plan(const BackwardParams& params, const Plan& plan) {
       map(ViewMap::of<typename Config::QueriesV>, params.dout, queries, params.head_dim_v,
           params.heads),
       map(ViewMap::of<typename Config::Rows>, params.k, keys, params.head_dim, params.kv_heads),
-      map(ViewMap::of<typename Config::RowsV>, params.v, keys, params.head_dim_v, params.kv_heads)};
+      map(ViewMap::of<typename Config::RowsV>, params.v, keys, params.head_dim_v, params.kv_heads),
+      map(ViewMap::of<typename Config::SumRows>, params.dq, queries, params.head_dim, params.heads),
+      map(ViewMap::of<typename Config::SumRows>, params.dk, keys, params.head_dim, params.heads),
+      map(ViewMap::of<typename Config::SumRowsV>, params.dv, keys, params.head_dim_v,
+          params.heads)};
   int* counters = static_cast<int*>(params.workspace);
   zero_counters(params, counters, plan.counters());
   const Workspace workspace = {

@@ -13,6 +13,7 @@ namespace sparse_attn::sm90::backward_ordered {
 
 constexpr int kTileKeys = 128;
 constexpr int kLeastBlock = 64;     // keys of a warpgroup, queries of a tile
+constexpr int kLeastQueries = 448;  // that attend the middle key
 constexpr int kInFlight = 2 * 132;  // items: each multiprocessor of an H100 computes one, loads one
 
 // The head dim of the kernel that holds both; 0: none, since wider sums fit no registers, and the
@@ -128,6 +129,8 @@ struct Plan {
       const bool waits = most_units < units && most_together * key_tiles < 4 * kInFlight;
       if (plan.by_unit && (head_dim > 64 || waits)) most_together = 8;
       if (!plan.by_unit && head_dim > 64) most_together = 1;
+      // A CTA takes a ticket some steps before it begins the item: many of a short unit's.
+      if (plan.by_unit && key_tiles < 16) most_together = 3 * kInFlight / 2 / key_tiles;
     }
     int64_t together = std::min<int64_t>(units, most_together);
     int64_t slots;
@@ -166,7 +169,7 @@ struct Plan {
     if (branch.segment_count != 1 || queries.groups != keys.groups) return false;
     if (keys.max_rows == 0 || queries.max_rows == 0) return false;
     return branch.blocks.size != 0 ? branch.blocks.size >= kLeastBlock
-                                   : reach_of(branch) == Reach::many;
+                                   : keys_of_middle(branch) >= kLeastQueries;
   }
 
   // The most query tiles that a key tile reaches, but for a tile or two.

@@ -7,16 +7,17 @@
 #include "ptx/ldmatrix.cuh"
 #include "ptx/registers.cuh"
 #include "ptx/tma.cuh"
-#include "sm90/backward_band/config.h"
 #include "sm90/multiply.cuh"
 #include "sm90/view_map.h"
 
-namespace sparse_attn::sm90::backward_band {
+namespace sparse_attn::sm90 {
+
+constexpr int kSumRows = 16;  // of the sums of a warp
 
 // Where the sums of 16 rows of a warp go: rows of `tile` from `row` on.
 struct Target {
   const TensorView& tensor;
-  const ViewMap& map;  // of 16 rows
+  const ViewMap& map;  // of tiles of 16 rows
   const SequenceView& view;
   const QueryTile& tile;
   int row;
@@ -28,7 +29,7 @@ struct Target {
 // them, else row by row: by a warp, whose first lane then waits for the copy.
 template <class T, int kColumns, class Tile>
 __device__ __forceinline__ void store_rows(Tile& tile_smem, int first_row, const Target& target) {
-  const int rows = least(target.tile.rows - target.row, kWarpRows), lane = ptx::lane();
+  const int rows = least(target.tile.rows - target.row, kSumRows), lane = ptx::lane();
   if (rows <= 0) return;  // the map has rows of the next group there
   const QueryTile& tile = target.tile;
   const int view_row = tile.first_row + target.row;
@@ -54,7 +55,7 @@ __device__ __forceinline__ void store_rows(Tile& tile_smem, int first_row, const
     T* gmem = head_gmem<T>(target.tensor, tile.batch, tile.head);
     constexpr int kVectors = kColumns / 8;
 #pragma unroll(kColumns > 64 ? 4 : 1)
-    for (int i = lane; i < kWarpRows * kVectors; i += 32) {
+    for (int i = lane; i < kSumRows * kVectors; i += 32) {
       const int row = i / kVectors, vector = i % kVectors;
       if (row >= rows || vector * 8 >= target.head_dim) continue;
       const int64_t token = target.view.position(tile.group, view_row + row);
@@ -86,4 +87,4 @@ __device__ __forceinline__ void store_sum(Sum& sum, float factor, Tile& tile_sme
   store_rows<T, Sum::kColumns>(tile_smem, first_row, target);
 }
 
-}  // namespace sparse_attn::sm90::backward_band
+}  // namespace sparse_attn::sm90
