@@ -701,6 +701,7 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
 
     if (!own_tile.any_queries && !params.accumulate) {
       leave(dv, Config::kUnscale, params.dv, maps.dv, params.head_dim_v);
+      let_go();
       leave(dk, params.scale, params.dk, maps.dk, params.head_dim);
     }
     let_go();
