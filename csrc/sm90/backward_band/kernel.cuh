@@ -13,6 +13,7 @@
 #include "ptx/ldmatrix.cuh"
 #include "ptx/registers.cuh"
 #include "sm90/backward_band/config.h"
+#include "sm90/backward_band/earlier.cuh"
 #include "sm90/load_rows.cuh"
 #include "sm90/multiply.cuh"
 #include "sm90/query_tiles.h"
@@ -100,7 +101,7 @@ __device__ __forceinline__ void load_part(Tile& part_smem, uint64_t& full, const
 }
 
 // The warp that loads queries, and finds the steps.
-template <class Config, class SharedMemory>
+template <class Config, bool kAdds, class SharedMemory>
 __device__ __forceinline__ void load_queries(SharedMemory& smem, const BackwardParams& params,
                                              const QueryTiles& tiles, const Maps& maps) {
   using T = typename Config::Element;
@@ -128,7 +129,7 @@ __device__ __forceinline__ void load_queries(SharedMemory& smem, const BackwardP
                    part.head, part);
       arrive_loaded(full);
       place.advance();
-      if (params.finds_stats) {
+      if (!kAdds && params.finds_stats) {
         uint64_t& out_full = smem.out_ring.full[out_place.stage];
         out_place.wait_empty(smem.out_ring);
         load_part<T>(smem.out[out_place.stage], out_full, maps.out, view, params.out,
@@ -218,14 +219,14 @@ __device__ __forceinline__ void load_keys(SharedMemory& smem, const BackwardPara
 
 // The warps that find delta = rowsum(dout * out) - dlse and the lse in units of log 2, a query a
 // lane, or copy what was found before.
-template <class Config, class SharedMemory>
+template <class Config, bool kAdds, class SharedMemory>
 __device__ __forceinline__ void find_stats(SharedMemory& smem, const BackwardParams& params,
                                            int warp) {
   using T = typename Config::Element;
   static_assert(kStatsWarps * 32 == kWarpgroupRows);
   const SequenceView& view = params.branch.queries;
   const int row = warp * 32 + threadIdx.x % 32;
-  const bool finds = params.finds_stats;
+  const bool finds = !kAdds && params.finds_stats;
   Place<Config::kQueryStages> place;
   Place<Config::kOutStages> out_place;
   Place<Config::kStepStages> step_place;
@@ -281,7 +282,7 @@ __device__ __forceinline__ int slot_of(int part, int keys) {
 }
 
 // A warpgroup that computes the `number`-th 64 keys of every tile.
-template <class Config, class SharedMemory>
+template <class Config, bool kAdds, class SharedMemory>
 __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams& params,
                                         const Maps& maps, int number) {
   using T = typename Config::Element;
@@ -289,7 +290,7 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
   constexpr int kLaneRows = Scores::kLaneRows;
   const Branch& branch = params.branch;
   const float scale_log2 = params.scale * kLog2E;
-  const int warp_row = threadIdx.x / 32 % 4 * 16;  // of a part
+  const int warp_row = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4 * 16, 0);  // of a part
   const auto sync = [&] { ptx::named_barrier(1 + number, 128); };
   Place<Config::kQueryStages> query_place;
   Place<Config::kKeyStages> own_key_place;
@@ -325,6 +326,50 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
   const auto leave_through = [&](uint64_t& empty) {
     leaving = &empty;
     if (Config::kScarce) let_go();
+  };
+
+  // What is there of a sum comes to the shared memory through which the sum leaves. Or it comes
+  // sooner: for dk likewise, for dq and then dv to that of out, which a launch that adds does not
+  // read.
+  constexpr bool kFetches = kAdds && Config::kFetches;
+  constexpr bool kSooner = kFetches && Config::kDkBesideDv;
+  const int warp = 4 * number + warp_row / 16;
+  Earlier earlier = {smem.earlier_full[0][warp]}, earlier_k = {smem.earlier_full[1][warp]};
+  bool keys_fetched = false;
+  const auto target_of = [&](const TensorView& tensor, const ViewMap& map, int head_dim,
+                             const QueryTile& tile) -> Target {
+    const int row = number * kWarpgroupRows + warp_row;
+    return {tensor, map, branch.queries, tile, row, head_dim, kAdds};
+  };
+  // Stores factor * sum, added to what is there.
+  const auto leave = [&](auto& sum, float factor, auto& tile_smem, Target target, Earlier& earlier,
+                         auto& there_smem, bool fetched = true) {
+    if constexpr (kFetches) {
+      target.adds = !(fetched && earlier.take());
+      store_sum<T, true>(sum, factor, tile_smem, warp_row, target, &there_smem);
+    } else {
+      store_sum<T>(sum, factor, tile_smem, warp_row, target);
+    }
+  };
+
+  const auto fetch_queries_sooner = [&](const QueryTile& tile) {
+    if constexpr (kSooner) {
+      const Target target = target_of(params.dq, maps.dq, params.head_dim, tile);
+      earlier.template fetch<T>(smem.out[number], warp_row, target);
+    }
+  };
+  // For dk and dv that leave in the next step.
+  const auto fetch_keys_sooner = [&](const QueryTile& tile) {
+    if constexpr (kSooner) {
+      const Target target_k = target_of(params.dk, maps.dk, params.head_dim, tile);
+      const Target target_v = target_of(params.dv, maps.dv, params.head_dim_v, tile);
+      earlier_k.template fetch<T>(smem.dk[number], warp_row, target_k);
+      earlier.template fetch<T>(smem.out[number], warp_row, target_v);
+      keys_fetched = true;
+    }
+  };
+  const auto fetch = [&](auto& tile_smem, const Target& target) {
+    if constexpr (kFetches && !kSooner) earlier.template fetch<T>(tile_smem, warp_row, target);
   };
 
   // Sums this warpgroup's keys over one part of queries.
@@ -409,8 +454,13 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
     typename Config::GradientQ gradient_q;
     gradient_q.clear();
     const int back_stage = key_place_of(false).stage, own_stage = own_key_place.stage;
+    auto& dout_smem = smem.dout[query_place.stage];
+    const Target target = target_of(params.dq, maps.dq, params.head_dim, tile);
     dscores_place.wait_full(smem.dscores_ring);
-#pragma unroll(Config::kColumns == 128 ? 4 : 1)  // elsewhere registers are scarce
+    fetch(dout_smem, target);  // no product reads dout any more
+    // Elsewhere code, or registers, are scarce.
+    constexpr int kUnrolled = Config::kColumns == 128 && !kAdds ? 4 : 1;
+#pragma unroll(kUnrolled)
     for (int keys = 0; keys < 4; ++keys) {
       const bool own = keys >= 2;
       const uint32_t seen = own ? own_seen : back_seen;
@@ -425,11 +475,12 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
     dscores_place.arrive_empty(smem.dscores_ring);
     // Where no pair has waited: dout is read no more.
     if (!(own_seen >> (4 * number + part) & 1)) query_place.wait_full(smem.stats_ring);
-    const Target target = {
-        params.dq,       maps.dq,          branch.queries, tile, part * kWarpgroupRows + warp_row,
-        params.head_dim, params.accumulate};
     let_go();
-    store_sum<T>(gradient_q, params.scale, smem.dout[query_place.stage], warp_row, target);
+    if constexpr (kSooner) {
+      leave(gradient_q, params.scale, dout_smem, target, earlier, smem.out[number]);
+    } else {
+      leave(gradient_q, params.scale, dout_smem, target, earlier, dout_smem);
+    }
     leave_through(smem.query_ring.empty[query_place.stage]);
   };
 
@@ -452,6 +503,7 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
         gradient_k.clear();
         gradient_v.clear();
       }
+      if (own && number < kind.parts) fetch_queries_sooner(step.tile);
       const uint32_t keys_seen = own ? own_seen : back_seen;
       values_loaded = false;
       query_place = first_query_place;
@@ -471,6 +523,7 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
         if (own) dscores_place.arrive_full(smem.dscores_ring);
         if (own && part == number) {
           sum_queries(step.tile, part);
+          if (kind.keeps_own) fetch_keys_sooner(step.tile);
         } else if (last) {
           query_place.arrive_empty(smem.query_ring);
         }
@@ -483,31 +536,25 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
       if (!values_loaded) value_place.wait_full(smem.v_ring);
       if (own || !kind.loads_back) {
         const QueryTile tile = own ? step.tile : tile_before(step.tile);
-        const auto target = [&](const TensorView& tensor, const ViewMap& map,
-                                int head_dim) -> Target {
-          return {tensor,
-                  map,
-                  branch.queries,
-                  tile,
-                  number * kWarpgroupRows + warp_row,
-                  head_dim,
-                  params.accumulate};
-        };
+        const Target target_k = target_of(params.dk, maps.dk, params.head_dim, tile);
+        const Target target_v = target_of(params.dv, maps.dv, params.head_dim_v, tile);
         auto& v_smem = smem.v[value_place.stage];
         let_go();
         sync();  // no warp's wgmma reads these values any more
         if constexpr (Config::kDkBesideDv) {
-          store_sum<T>(gradient_k, params.scale, smem.dk[number], warp_row,
-                       target(params.dk, maps.dk, params.head_dim));
+          auto& dk_smem = smem.dk[number];
+          leave(gradient_k, params.scale, dk_smem, target_k, earlier_k, dk_smem, keys_fetched);
+          leave(gradient_v, 1.f, v_smem, target_v, earlier, smem.out[number], keys_fetched);
+          keys_fetched = false;
         } else {
-          store_sum<T>(gradient_k, params.scale, v_smem, warp_row,
-                       target(params.dk, maps.dk, params.head_dim));
+          fetch(v_smem, target_k);
+          leave(gradient_k, params.scale, v_smem, target_k, earlier, v_smem);
           __syncwarp();
           if (threadIdx.x % 32 == 0) ptx::tma_wait_read();
           __syncwarp();
+          fetch(v_smem, target_v);
+          leave(gradient_v, 1.f, v_smem, target_v, earlier, v_smem);
         }
-        store_sum<T>(gradient_v, 1.f, v_smem, warp_row,
-                     target(params.dv, maps.dv, params.head_dim_v));
         leave_through(smem.v_ring.empty[value_place.stage]);
       } else {
         value_place.arrive_empty(smem.v_ring);
@@ -520,7 +567,9 @@ __device__ __forceinline__ void compute(SharedMemory& smem, const BackwardParams
   let_go();
 }
 
-template <class Config>
+// kAdds: to what earlier branches left; then the statistics are there. Two kernels, because the
+// instruction cache holds neither with what only the other one does.
+template <class Config, bool kAdds>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
     backward_band_kernel(const __grid_constant__ BackwardParams params,
                          const __grid_constant__ QueryTiles tiles,
@@ -536,6 +585,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
     smem.out_ring.init(32, kStatsWarps);
     smem.step_ring.init(1, kWarps + kStatsWarps + 1);
     smem.dscores_ring.init(kWarps, 4);  // one warpgroup sums dq
+    for (int i = 0; i < 2 * kWarps; ++i) {
+      ptx::mbarrier_init(smem.earlier_full[i / kWarps][i % kWarps], 1);
+    }
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
@@ -544,15 +596,15 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
     ptx::give_registers<Config::kLoadRegisters>();
     const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
     if (warp == 0) {
-      load_queries<Config>(smem, params, tiles, maps);
+      load_queries<Config, kAdds>(smem, params, tiles, maps);
     } else if (warp == 1) {
       load_keys<Config>(smem, params, maps);
     } else {
-      find_stats<Config>(smem, params, warp - 2);
+      find_stats<Config, kAdds>(smem, params, warp - 2);
     }
   } else {
     ptx::take_registers<Config::kComputeRegisters>();
-    compute<Config>(smem, params, maps, warpgroup - 1);
+    compute<Config, kAdds>(smem, params, maps, warpgroup - 1);
   }
 }
 

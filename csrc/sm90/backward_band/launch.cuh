@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/short_groups.h"
+#include "check.h"
 #include "device.h"
 #include "sm90/backward_band/kernel.cuh"
 #include "sm90/backward_band/launch.h"
@@ -33,16 +34,27 @@ Maps maps_of(const BackwardParams& params) {
           map_of<WarpPartV>(params, params.dv, dim_v, heads)};
 }
 
+// Chunks in the order of memory: where heads are neighbours, those of all heads together. Residues
+// of one head are nearer to each other.
+inline Order order_of(const BackwardParams& params) {
+  const SequenceView& view = params.branch.queries;
+  const bool chunks = view.groups > 1 && view.run.value == 1 && view.run_stride.value == 1;
+  return chunks && params.q.head_stride < params.q.row_stride ? Order::by_token : Order::by_head;
+}
+
 template <class T, int kHeadDim, int kHeadDimV>
 void launch(const BackwardParams& call) {
   using Config = Config<T, kHeadDim, kHeadDimV>;
   BackwardParams params = call;
   const Branch together = with_short_groups_together(params.branch, kTileRows);
   if (fits(together)) params.branch = together;
-  const QueryTiles tiles = QueryTiles::by_head(params.branch, kTileRows, params.first_head,
-                                               params.head_count, params.batch);
+  const QueryTiles tiles =
+      QueryTiles::of(params.branch, kTileRows, params.first_head, params.head_count, params.batch,
+                     order_of(params), kTileRows, 1);
   if (tiles.count == 0) return;
-  auto* kernel = backward_band_kernel<Config>;
+  REQUIRE(!params.accumulate || !params.finds_stats, "a launch that adds has statistics");
+  auto* kernel =
+      params.accumulate ? backward_band_kernel<Config, true> : backward_band_kernel<Config, false>;
   constexpr int kBytes = sizeof(typename Config::SharedMemory);
   allow_shared_memory(reinterpret_cast<const void*>(kernel), kBytes, params.device);
   kernel<<<least(tiles.count, Config::kCtas * multiprocessors(params.device)), Config::kThreads,
