@@ -183,7 +183,8 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument("--longest", type=int, help="the largest n of a sweep or of --cpu")
         each.add_argument("--cap-ms", type=float, help="longest call to begin (GPU: 1000)")
     parser.add_argument("--cpu", action="store_true", help="the torch backend, on this machine")
-    parser.add_argument("--tables", default="", help="d64, d128, blocks, other, memory, long")
+    tables = "d64, d128, blocks, d64 tokens first, d128 tokens first, other, memory, long"
+    parser.add_argument("--tables", default="", help=tables)
     sweep.set_defaults(cpu=False, tables="")
     experiments.add_commands(commands)
     decoding.add_command(commands)

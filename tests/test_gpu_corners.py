@@ -284,6 +284,7 @@ def test_70_000_heads(batch: int, heads: int, pattern: Any) -> None:
         sa.Local(100),
         sa.Local(700),
         sa.Chunk(130),
+        sa.Chunk(100),
         sa.Dilated(9),
         sa.Strided(33),
         sa.PerHead([sa.Fixed(128, 20), sa.Chunk(40), *4 * [sa.Dilated(21)]]),
@@ -291,7 +292,8 @@ def test_70_000_heads(batch: int, heads: int, pattern: Any) -> None:
     ids=str,
 )
 def test_memory_order_changes_no_bit(pattern: Any, kv_heads: int) -> None:
-    """(batch, heads, seq, dim) and (batch, seq, heads, dim): tiles go in another order."""
+    """(batch, heads, seq, dim) and (batch, seq, heads, dim), where tiles of few keys go in another
+    order."""
     x = random_inputs((2, 6, 1101, 64), kv_heads)
     tokens_first = Inputs(
         *(tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in vars(x).values())

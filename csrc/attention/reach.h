@@ -31,7 +31,8 @@ inline Reach reach_of(const Branch& branch) {
   return branch.blocks.size == 64 ? Reach::scattered : Reach::few;
 }
 
-// Tiles of many keys differ in length: CTAs that stay take one when they are done with another.
+// Whether tiles differ in length: keys are many, or in blocks. Then the longest go first, and CTAs
+// that stay take one by ticket when they are done with another.
 inline bool by_tickets(const Branch& branch) {
   return reach_of(branch) != Reach::few || branch.blocks.size != 0;
 }

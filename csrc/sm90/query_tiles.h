@@ -42,8 +42,9 @@ struct QueryTiles {
     const int outer = order == Order::by_token ? queries.groups : heads;
     int section = inner;
     if (order == Order::by_length) {
-      // As few as are nearly three tiles for each CTA: of fewer the longest of the last ones end
-      // late, and of more the keys leave the L2 cache. Tuned on an H100.
+      // As few as are nearly three tiles for each CTA, rounded up to a divisor: of fewer the
+      // longest of the last ones end late, and of more the keys leave the L2 cache. Tuned on an
+      // H100.
       const int units = greatest(count / greatest(tiles, 1), 1);
       section = least((8 * ctas / 3 + tiles - 1) / greatest(tiles, 1), units);
       while (units % section != 0) ++section;

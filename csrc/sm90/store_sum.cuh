@@ -27,7 +27,7 @@ struct Target {
 
 // Starts storing 16 rows of a tile in shared memory, from `first_row` on, with the map if it holds
 // them, else row by row: by a warp, whose first lane then waits for the copy. kFetches: rows that
-// the map does not hold are those that are added.
+// add are those that were not fetched, and go row by row; the map holds the others.
 template <class T, int kColumns, bool kFetches = false, class Tile>
 __device__ __forceinline__ void store_rows(Tile& tile_smem, int first_row, const Target& target) {
   const int rows = least(target.tile.rows - target.row, kSumRows), lane = ptx::lane();
